@@ -1,6 +1,6 @@
 """How many answers would `study run --until-decided` have asked for in a study that was run on all images?
 
-    python -m bench.until_decided studies/zero_shot_vs_ptq.yaml FOLDER [--first-images 30]
+    python -m bench.until_decided studies/zero_shot_vs_ptq.yaml FOLDER [--first-images 30] [--boundaries any-time]
 
 FOLDER holds the study, run whole. An answer to a question is the same whenever it is given, so the stages are followed
 on the answers that are there: each stage takes those of its images, of the cells that comparisons still need. Nothing
@@ -10,7 +10,7 @@ is run. Printed are each comparison's finding on all images beside the sequentia
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,39 +18,42 @@ import numpy as np
 from bench.reporting import markdown
 from lmms_plugin.analysis.findings import finding
 from lmms_plugin.study.file.analyses import MethodByShift
+from lmms_plugin.study.file.grid import CellAxes
 from lmms_plugin.study.file.reading import read
 from lmms_plugin.study.run.planning import checked_cells
 from lmms_plugin.study.run.until_decided import asked_about
 from lmms_plugin.study.verdicts import contrasts
 from lmms_plugin.study.verdicts.arms import FinishedCell, read_cells
+from lmms_plugin.study.verdicts.boundaries import PLANNED, RULES
 from lmms_plugin.study.verdicts.decisions import (
     INTERACTION,
     UNDER_SHIFT,
     ArmComparison,
-    Decisions,
     StageAnswers,
     answers_of,
 )
 from lmms_plugin.study.verdicts.sequential_verdict import conclude
-from lmms_plugin.study.verdicts.stages import FIRST, Decided, ImageStages
+from lmms_plugin.study.verdicts.stages import FIRST, Decided, ImageStages, decide
 from lmms_plugin.study.verdicts.verdict import NOT_JUDGED
+from lmms_plugin.utils.image_slices import ImageSlice
 
 
-def decided(file: Path, folder: Path, first: int) -> Decided:
+def decided(file: Path, folder: Path, first: int, boundaries: str) -> Decided:
     """Follow the stages of a study on the answers of a finished run.
 
     Args:
         file: Study file.
         folder: Folder of the study, run on all images.
         first: Number of images of the first stage.
+        boundaries: Name of the rule that settles comparisons.
     """
     study = read(file)
     question, documents = asked_about(study, checked_cells(study))
-    return followed(read_cells(folder), question, documents, first)
+    return followed(read_cells(folder), question, documents, first, boundaries)
 
 
 def followed(
-    cells: Sequence[FinishedCell], question: MethodByShift, documents: Mapping[str, int], first: int
+    cells: Sequence[FinishedCell], question: MethodByShift, documents: Mapping[str, int], first: int, boundaries: str
 ) -> Decided:
     """Follow the stages on the answers of finished cells.
 
@@ -59,22 +62,19 @@ def followed(
         question: Question of the study.
         documents: Image → number of documents.
         first: Number of images of the first stage.
+        boundaries: Name of the rule that settles comparisons.
     """
     tasks = (question.clean, *question.shifted)
     names = np.unique(cells[0].run.tasks[question.clean].images)
     answers = {cell.axes: answers_of(cell, tasks) for cell in cells}
-    schedule = ImageStages.of(documents, question.seed, first)
-    decisions = Decisions.of(question, cells, schedule.largest)
-    before = asked = stages = 0
-    for part, until in zip(schedule.slices(), schedule.documents, strict=True):
-        needed = decisions.needed()
-        if not needed:
-            break
+
+    def answered(part: ImageSlice, count: int, needed: Collection[CellAxes]) -> dict[CellAxes, StageAnswers]:
         chosen = np.isin(names, list(part.of(documents)))
-        decisions.add({axes: _of_images(answers[axes], chosen) for axes in needed})
-        asked += len(needed) * len(tasks) * (until - before)
-        before, stages = until, stages + 1
-    return Decided(decisions, schedule, stages, asked)
+        return {axes: _of_images(answers[axes], chosen) for axes in needed}
+
+    found = decide(question, cells, ImageStages.of(documents, question.seed, first, boundaries), answered)
+    assert found is not None
+    return found
 
 
 def _of_images(answers: StageAnswers, chosen: np.ndarray) -> StageAnswers:
@@ -110,8 +110,9 @@ def main() -> None:
     parser.add_argument("file", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--first-images", type=int, default=FIRST)
+    parser.add_argument("--boundaries", choices=RULES, default=PLANNED)
     options = parser.parse_args()
-    found = decided(options.file, options.folder, options.first_images)
+    found = decided(options.file, options.folder, options.first_images, options.boundaries)
     for sentence in conclude(found)[0].sentences:
         print(sentence)
     heads = ("bits", "arms", "asked", "on all images", "until decided", "points", "images", "documents saved")

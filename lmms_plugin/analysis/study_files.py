@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -76,6 +76,7 @@ class StagesAccount(Account):
     images: list[int] = Field(min_length=1)
     documents: list[int] = Field(min_length=1)
     largest: int = Field(ge=1)
+    boundaries: Literal["planned", "any-time"]
 
 
 def place(about: Mapping[str, Any]) -> str:

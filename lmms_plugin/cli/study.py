@@ -98,12 +98,20 @@ def run_study(
     first_images: Annotated[
         int | None, typer.Option(min=1, help="Images of the first stage of --until-decided; 30 by default.")
     ] = None,
+    boundaries: Annotated[
+        str | None,
+        typer.Option(
+            metavar="planned|any-time",
+            help="When --until-decided is: by tests at its stages, or by sequences that hold at any time; planned.",
+        ),
+    ] = None,
 ) -> None:
     """Run the missing cells of a study, each as an lmms-eval process of its own."""
     expect_folder("--output", output)
     load(file)
-    if first_images is not None and not until_decided:
-        raise ValueError("--first-images: expected --until-decided, which alone has stages")
+    for name, value in (("--first-images", first_images), ("--boundaries", boundaries)):
+        if value is not None and not until_decided:
+            raise ValueError(f"{name}: expected --until-decided, which alone has stages")
     from lmms_plugin.analysis.study_files import FAILURES, LOG
     from lmms_plugin.cli.study_display import Display
     from lmms_plugin.study.run import execution, planning
@@ -116,7 +124,10 @@ def run_study(
             return Display(expected, before, jobs)
 
         work = execution.Work.on(output, watch, jobs=jobs, retry_failed=retry_failed, ray=ray, storage=storage)
-        finished = in_stages.run(file, work, first=first_images) if until_decided else execution.run(file, work)
+        if until_decided:
+            finished = in_stages.run(file, work, first=first_images, boundaries=boundaries)
+        else:
+            finished = execution.run(file, work)
     typer.echo(planning.summary(finished.plan))
     for cell, problem in finished.problems.items():
         typer.echo(f"failed: {cell}: {' '.join(problem.split())} (its log: {output / FAILURES / cell / LOG})", err=True)

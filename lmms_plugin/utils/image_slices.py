@@ -71,14 +71,18 @@ def asked(environment: Mapping[str, str] = os.environ) -> ImageSlice | None:
 def stages(images: int, first: int, growth: float = 2.0) -> tuple[int, ...]:
     """Return the numbers of images after each stage: `first`, each time `growth` as many, at last all.
 
+    No later stage asks about fewer images than the one before it: loading every model again for a few is not worth it.
+
     Args:
         images: Number of all images, from 1.
         first: Number of images of the first stage, from 1.
         growth: Factor from one number to the next, above 1.
     """
-    found = []
+    found: list[int] = []
     size = float(first)
     while round(size) < images:
         found.append(round(size))
         size = max(size * growth, size + 1.0)
+    if len(found) > 1 and images - found[-1] < found[-1] - found[-2]:
+        found.pop()
     return (*found, images)

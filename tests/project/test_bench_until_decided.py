@@ -8,6 +8,7 @@ from lmms_plugin.analysis.findings import SHOWN
 from lmms_plugin.study.file.analyses import MethodByShift
 from lmms_plugin.study.file.asked import parse
 from lmms_plugin.study.verdicts.arms import read_cells
+from lmms_plugin.study.verdicts.boundaries import PLANNED
 from lmms_plugin.study.verdicts.decisions import INTERACTION, UNDER_SHIFT
 
 IMAGES = 200
@@ -28,7 +29,7 @@ def test_a_difference_on_every_image_is_decided_before_the_last_stage(tmp_path):
         axes = {"method": name, "bits": 16 if name == "none" else 4}
         write_cell(tmp_path, name, axes, {CLEAN: every, **dict.fromkeys(SHIFTED, shifted)})
     question = parse(MethodByShift, ASKED)
-    found = followed(read_cells(tmp_path), question, {f"image{k}": 4 for k in range(IMAGES)}, 10)
+    found = followed(read_cells(tmp_path), question, {f"image{k}": 4 for k in range(IMAGES)}, 10, PLANNED)
     assert found.schedule.images[-1] == IMAGES
     assert found.stages < len(found.schedule.images)
     last = found.schedule.images[found.stages - 1]

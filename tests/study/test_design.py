@@ -23,7 +23,7 @@ from lmms_plugin.study.run import cost, design, planning
 from lmms_plugin.study.run.planning import Plan, PlannedCell, checked_cells
 from lmms_plugin.study.run.weights import Size
 from lmms_plugin.study.verdicts import pilot
-from lmms_plugin.study.verdicts.decisions import INTERACTION, UNDER_SHIFT, Decisions
+from lmms_plugin.study.verdicts.decisions import INTERACTION, UNDER_SHIFT, comparisons
 
 REFERENCE = Path(__file__).parents[2] / "studies" / "zero_shot_vs_ptq_refcocoplus.yaml"
 BILLIONS = 8
@@ -217,9 +217,10 @@ def test_later_stages_decide_smaller_differences(seeded):
     big, small = (made.stages_until_decided(UNDER_SHIFT, one) for one in (0.2, 0.05))
     assert big[1] < small[1] <= 1500
     assert made.stages_until_decided(INTERACTION, 0.005) is None
+    assert made.stages_until_decided(UNDER_SHIFT, None)[1] <= 1500
     # The images of a design are the most that its stages ask about.
     assert replace(made, images=100).stages == (30, 60, 100)
-    assert replace(made, images=100).stages_until_decided(UNDER_SHIFT, 0.05) is None
+    assert replace(made, images=100).stages_until_decided(UNDER_SHIFT, 0.02) is None
 
 
 def test_images_of_the_demo_are_counted_and_those_of_the_hub_as_published(published):
@@ -255,8 +256,7 @@ def test_finished_cells_are_a_pilot(tmp_path):
         write_cell(tmp_path, f"{one.method}{one.seed}", asdict(one), right[one])
     question = parse(MethodByShift, ASKED)
     every = [axes("none", 16), *(axes(m, b, s) for b in (4, 3) for m, s in (("awq", 0), ("awq", 1), ("rtn", None)))]
-    comparisons = Decisions.of(question, [SimpleNamespace(axes=one) for one in every], 4).members
-    found = pilot.measured(tmp_path, question, comparisons)
+    found = pilot.measured(tmp_path, question, comparisons(question, [SimpleNamespace(axes=one) for one in every]))
     assert {one.bits for one in found} == {4}
     assert {one.asked for one in found} == {UNDER_SHIFT, INTERACTION}
     awq = {task: (right[every[1]][task] * 0.5 + right[every[2]][task] * 0.5) for task in (CLEAN, *SHIFTED)}
@@ -271,14 +271,12 @@ def test_finished_cells_are_a_pilot(tmp_path):
 
 
 def test_without_finished_cells_there_is_no_pilot(tmp_path):
-    comparisons = Decisions.of(
-        parse(MethodByShift, ASKED),
-        [SimpleNamespace(axes=axes(*one)) for one in (("none", 16), ("awq", 4), ("rtn", 4))],
-        4,
-    ).members
-    assert pilot.measured(tmp_path / "none", parse(MethodByShift, ASKED), comparisons) == {}
+    question = parse(MethodByShift, ASKED)
+    every = [SimpleNamespace(axes=axes(*one)) for one in (("none", 16), ("awq", 4), ("rtn", 4))]
+    planned = comparisons(question, every)
+    assert pilot.measured(tmp_path / "none", question, planned) == {}
     write_cell(tmp_path, "awq", asdict(axes("awq", 4)), {task: np.ones(80) for task in (CLEAN, *SHIFTED)})
-    assert pilot.measured(tmp_path, parse(MethodByShift, ASKED), comparisons) == {}
+    assert pilot.measured(tmp_path, question, planned) == {}
 
 
 def test_smallest_differences_of_a_design_are_those_of_its_variances(seeded):

@@ -13,7 +13,7 @@ import pytest
 from helpers.small_studies import CELL
 from helpers.study_folders import CLEAN, SHIFTED, write_cell
 
-from lmms_plugin.analysis.findings import EQUIVALENT, OPEN, REVERSE, SHOWN
+from lmms_plugin.analysis.findings import EQUIVALENT, OPEN, SHOWN
 from lmms_plugin.study.file.analyses import MethodByShift
 from lmms_plugin.study.file.asked import parse
 from lmms_plugin.study.file.expansion import cells
@@ -24,20 +24,19 @@ from lmms_plugin.study.run import until_decided
 from lmms_plugin.study.run.attempt import about
 from lmms_plugin.study.run.execution import Work
 from lmms_plugin.study.verdicts import completeness, sequential_verdict
+from lmms_plugin.study.verdicts.boundaries import ANY_TIME, PLANNED, RULES
 from lmms_plugin.study.verdicts.decisions import (
     INTERACTION,
     UNDER_SHIFT,
     ArmComparison,
     Decisions,
     StageAnswers,
-    finding,
 )
 from lmms_plugin.study.verdicts.stages import ImageStages, follow
 from lmms_plugin.utils.image_slices import ImageSlice
 
 PLUGIN = Path(sys.executable).parent / "lmms-plugin"
-LARGEST, MARGIN, LEVEL = 12, 0.05, 0.95
-COMPARED = ((UNDER_SHIFT, 1.0), (INTERACTION, 2.0)) * 2
+MARGIN = 0.05
 ASKED = {
     "question": "Which is right more often?",
     "clean": CLEAN,
@@ -54,44 +53,6 @@ def axes(method, bits, seed=None):
 
 def placed(*cells):
     return [SimpleNamespace(axes=one) for one in (axes("none", 16), *cells)]
-
-
-def differences(random, sizes, truth, flipped=0.12):
-    """Sums of differences of each image: most documents are ties, and those of an image flip together."""
-    changed = random.binomial(sizes, random.beta(2 * flipped, 2 * (1 - flipped), size=sizes.shape))
-    return 2.0 * random.binomial(changed, 0.5 + truth / flipped / 2.0) - changed
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("truth", [0.0, MARGIN])
-def test_a_study_of_several_comparisons_claims_nothing_false_at_any_stage(truth):
-    """Of 1,000 studies with four comparisons at 30, 150 and 600 images, 5 % may claim anything false."""
-    random = np.random.default_rng(0)
-    level, wrong = 1.0 - (1.0 - LEVEL) / len(COMPARED), 0
-    for _ in range(500):
-        sizes = random.integers(1, LARGEST + 1, size=600)
-        for asked, bound in COMPARED:
-            sums = differences(random, sizes, truth)
-            if asked == INTERACTION:
-                sums = sums - differences(random, sizes, 0.0)
-            false = {SHOWN, REVERSE} if truth == 0.0 else {EQUIVALENT, REVERSE}
-            given = {"bound": bound, "largest": LARGEST, "level": level, "margin": MARGIN}
-            if any(finding(sums[:look], sizes[:look], **given) in false for look in (30, 150, 600)):
-                wrong += 1
-                break
-    assert wrong <= 0.05 * 500
-
-
-@pytest.mark.parametrize(
-    ("truth", "expected"), [(0.11, SHOWN), (-0.11, REVERSE), (0.0, EQUIVALENT)], ids=["better", "worse", "equal"]
-)
-def test_what_is_true_is_found_with_enough_images(truth, expected):
-    random = np.random.default_rng(1)
-    sizes = random.integers(1, LARGEST + 1, size=4000)
-    sums = differences(random, sizes, truth)
-    given = {"bound": 1.0, "largest": LARGEST, "level": LEVEL, "margin": MARGIN}
-    assert finding(sums[:20], sizes[:20], **given) == OPEN
-    assert finding(sums, sizes, **given) == expected
 
 
 def answers(random, images, right):
@@ -111,7 +72,8 @@ def shares(clean, shifted):
     return {CLEAN: clean, SHIFTED[0]: shifted, SHIFTED[1]: shifted}
 
 
-def test_cells_stop_when_their_own_comparisons_are_decided():
+@pytest.mark.parametrize("boundaries", RULES)
+def test_cells_stop_when_their_own_comparisons_are_decided(boundaries):
     """At 4 bits one arm is far better under shift, at 3 bits both are nearly the same, which takes more images."""
     right = {
         axes("none", 16): shares(0.9, 0.9),
@@ -120,8 +82,9 @@ def test_cells_stop_when_their_own_comparisons_are_decided():
         axes("awq", 3): shares(0.8, 0.5),
         axes("rtn", 3): shares(0.8, 0.48),
     }
-    found = Decisions.of(parse(MethodByShift, ASKED), placed(*[one for one in right if one.method != "none"]), 4)
-    assert found.level == pytest.approx(1.0 - 0.05 / 4)
+    cells = placed(*[one for one in right if one.method != "none"])
+    stages = ImageStages(0, (100, 500, 900), (), 4, boundaries)
+    found = Decisions.of(parse(MethodByShift, ASKED), cells, stages.rule)
     assert found.needed() == set(right)
     random = np.random.default_rng(2)
     found.add(answers(random, 100, right))
@@ -143,7 +106,7 @@ def test_arms_are_means_over_tasks_seeds_and_methods():
     arms = {"robust": {"method": ["awq", "mbq"]}, "plain": {"method": "rtn"}}
     question = parse(MethodByShift, ASKED | {"arms": arms})
     cells = [axes("awq", 4, 0), axes("awq", 4, 1), axes("mbq", 4), axes("rtn", 4)]
-    found = Decisions.of(question, placed(*cells), 10)
+    found = Decisions.of(question, placed(*cells), schedule(100).rule)
     right = {
         axes("none", 16): (6.0, 6.0, 6.0),
         cells[0]: (5.0, 4.0, 2.0),
@@ -165,7 +128,7 @@ def test_arms_are_means_over_tasks_seeds_and_methods():
 
 def test_robustness_of_a_broken_arm_is_not_waited_for():
     right = {axes("none", 16): shares(0.9, 0.9), axes("awq", 2): shares(0.2, 0.1), axes("rtn", 2): shares(0.8, 0.7)}
-    found = Decisions.of(parse(MethodByShift, ASKED), placed(axes("awq", 2), axes("rtn", 2)), 4)
+    found = Decisions.of(parse(MethodByShift, ASKED), placed(axes("awq", 2), axes("rtn", 2)), schedule(200, 100).rule)
     found.add(answers(np.random.default_rng(3), 100, right))
     one = found.found[ArmComparison("demo", "robust", "plain", 2, INTERACTION)]
     assert one.broken == ("robust",)
@@ -201,8 +164,8 @@ def planted(folder):
     return obtain
 
 
-def schedule(count=200, first=10):
-    return ImageStages.of({f"image{number}": 4 for number in range(count)}, 0, first)
+def schedule(count=200, first=10, boundaries=PLANNED):
+    return ImageStages.of({f"image{number}": 4 for number in range(count)}, 0, first, boundaries)
 
 
 def test_a_study_goes_on_where_it_was_with_the_same_verdict(tmp_path):
@@ -225,11 +188,11 @@ def test_a_study_goes_on_where_it_was_with_the_same_verdict(tmp_path):
 
 
 def test_what_all_images_do_not_decide_stays_open(tmp_path):
-    decided = follow(tmp_path, parse(MethodByShift, ASKED), stage_cells(), schedule(6, 3), planted(tmp_path))
-    assert decided.stages == 2
+    decided = follow(tmp_path, parse(MethodByShift, ASKED), stage_cells(), schedule(3, 1), planted(tmp_path))
+    assert decided.stages == 3
     (found,) = sequential_verdict.conclude(decided)
     assert "2 of 2 comparisons undecided" in found.sentences[-1]
-    assert "no difference shown at 4 bits (6 images)" in found.sentences[0]
+    assert "no difference shown at 4 bits (3 images)" in found.sentences[0]
     assert "0 % saved" in found.sentences[-1]
 
 
@@ -314,6 +277,25 @@ def test_images_of_a_study_are_the_most_that_stages_ask_about(tmp_path):
     assert some.items() <= every.items()
     assert some.keys() == ImageSlice(0, 0, 7).of(every)
     assert {cell.images for cell in cells(study)} == {"0:0:7"}
+
+
+def test_an_unknown_rule_is_refused_before_anything_runs(tmp_path):
+    file = tmp_path / "study.yaml"
+    file.write_text(STUDY + ANALYSIS, encoding="utf-8")
+    with pytest.raises(
+        ValueError, match="--boundaries: expected one of planned, any-time, got 'anytime', did you mean"
+    ):
+        until_decided.run(file, Work.on(tmp_path / "out", None), boundaries="anytime")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_keeps_its_stages_and_its_rule(tmp_path):
+    made = schedule(200, 10, ANY_TIME)
+    made.write(tmp_path)
+    assert ImageStages.read(tmp_path) == made
+    (tmp_path / "stages.json").write_text((tmp_path / "stages.json").read_text().replace("any-time", "never"))
+    with pytest.raises(ValueError, match=r"stages.json is damaged.*boundaries"):
+        ImageStages.read(tmp_path)
 
 
 def test_images_of_the_environment_are_refused(tmp_path, monkeypatch):

@@ -29,10 +29,18 @@ def test_seeds_give_other_orders_that_favour_no_place():
 
 @pytest.mark.parametrize(
     ("images", "first", "expected"),
-    [(100, 30, (30, 60, 100)), (30, 30, (30,)), (5, 30, (5,)), (9, 1, (1, 2, 4, 8, 9)), (60, 30, (30, 60))],
+    [(100, 30, (30, 60, 100)), (30, 30, (30,)), (5, 30, (5,)), (12, 1, (1, 2, 4, 8, 12)), (60, 30, (30, 60))],
 )
 def test_stages_double_until_all_images(images, first, expected):
     assert stages(images, first) == expected
+
+
+@pytest.mark.parametrize(
+    ("images", "expected"), [(130, (30, 60, 130)), (150, (30, 60, 150)), (31, (30, 31)), (61, (30, 61))]
+)
+def test_no_stage_but_a_first_one_is_much_larger_than_the_last(images, expected):
+    """A last stage of fewer images than the one before it joins that one."""
+    assert stages(images, 30) == expected
 
 
 def test_slow_growth_never_stands_still():

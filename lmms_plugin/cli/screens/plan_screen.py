@@ -10,7 +10,7 @@ from lmms_plugin.cli.screens.screen import ScreenTable, screen
 from lmms_plugin.metrics.power import POWER
 from lmms_plugin.study.file.grid import CellAxes
 from lmms_plugin.study.run import planning
-from lmms_plugin.study.run.design import Design, PlannedComparison, differences_until_decided
+from lmms_plugin.study.run.design import DIFFERENCES, Design, PlannedComparison
 from lmms_plugin.study.run.planning import Plan, PlannedCell
 from lmms_plugin.study.run.progress import duration
 from lmms_plugin.study.run.reference_design import ReferenceDesign
@@ -86,12 +86,12 @@ def _is_of(one: PlannedComparison, pair: tuple[str, str], asked: str) -> bool:
 
 
 def _until_decided(made: Design) -> ScreenTable:
-    """Return after how many images a run until decided has decided differences of some sizes, and the margin."""
-    differences = differences_until_decided(made.assumed)
-    names = [*(f"{100 * one:g} points" for one in differences[:-1]), f"within ±{100 * differences[-1]:g}"]
+    """Return after how many images a run until decided has decided differences of some sizes, and equality."""
+    equal = f"none: within ±{100 * made.assumed.question.margin:g}"
+    names = [equal if one is None else f"{100 * one:g} points" for one in DIFFERENCES]
     rows = []
     for asked in _ASKED:
-        stages = [made.stages_until_decided(asked, one) for one in differences]
+        stages = [made.stages_until_decided(asked, one) for one in DIFFERENCES]
         told = ("undecided" if one is None else f"{one[1]:,} ({one[0]})" for one in stages)
         rows.append((asked, *told, f"{made.stages[-1]:,} ({len(made.stages)})"))
     return ScreenTable(

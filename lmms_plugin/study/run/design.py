@@ -16,8 +16,13 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from lmms_plugin.metrics.confidence_sequences import images_to_decide
-from lmms_plugin.metrics.power import POWER, images_needed, power_of_equivalence, smallest_difference
+from lmms_plugin.metrics.power import (
+    POWER,
+    images_needed,
+    power_of_difference,
+    power_of_equivalence,
+    smallest_difference,
+)
 from lmms_plugin.study.file import analyses
 from lmms_plugin.study.file.analyses import AgainstReference, MethodByShift
 from lmms_plugin.study.file.expansion import of_images
@@ -30,13 +35,16 @@ from lmms_plugin.study.run.progress import duration
 from lmms_plugin.study.run.reference_design import ReferenceDesign
 from lmms_plugin.study.store.folder import StudyFolder
 from lmms_plugin.study.verdicts import pilot
-from lmms_plugin.study.verdicts.decisions import BOUNDS, ArmComparison, ComparedCells, Decisions
+from lmms_plugin.study.verdicts.boundaries import Planned
+from lmms_plugin.study.verdicts.decisions import BOUNDS, ArmComparison, ComparedCells, comparisons
 from lmms_plugin.study.verdicts.pilot import AssumedVariance
 from lmms_plugin.study.verdicts.stages import FIRST
 from lmms_plugin.utils import image_slices
 from lmms_plugin.utils.image_slices import ImageSlice
 from lmms_plugin.utils.reading.located import load
 
+DIFFERENCES = (0.1, 0.05, None)
+"""Differences for which the stages of a run until decided are told; None for equality within the margin."""
 _UNITS = {"m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
@@ -96,13 +104,13 @@ class Assumptions:
             told = f"got limit: {limited[0]}, which takes the first documents of a split and no sample of images"
             raise ValueError(f"{found.study.file}: expected images: or all, {told}")
         counts = image_counts((question.clean, *question.shifted))
-        comparisons = Decisions.of(question, cells, counts.largest).members
-        there = {} if folder is None else pilot.measured(folder, question, comparisons)
+        members = comparisons(question, cells)
+        there = {} if folder is None else pilot.measured(folder, question, members)
         variances = {
-            one: there.get(one) or pilot.stated(one.asked, counts, seeded=_seeded(members))
-            for one, members in comparisons.items()
+            one: there.get(one) or pilot.stated(one.asked, counts, seeded=_seeded(of_one))
+            for one, of_one in members.items()
         }
-        return cls(question, counts, comparisons, variances)
+        return cls(question, counts, members, variances)
 
     @property
     def tests(self) -> int:
@@ -161,27 +169,31 @@ class Design:
         """Expected number of documents of a task."""
         return self.assumed.counts.documents_of(self.images)
 
-    def stages_until_decided(self, asked: str, difference: float) -> tuple[int, int] | None:
+    def stages_until_decided(self, asked: str, difference: float | None) -> tuple[int, int] | None:
         """Return the stage and the images after which a run until decided has decided a question; None if it does not.
+
+        By then it has with a probability of `POWER` or more, for each of the comparisons.
 
         Args:
             asked: `UNDER_SHIFT` or `INTERACTION`.
-            difference: True difference; for equivalence, its distance to the margin.
+            difference: True difference; None where there is none, which is to be shown to lie within the margin.
         """
-        assumed, counts = self.assumed, self.assumed.counts
-        level = 1.0 - (1.0 - assumed.question.level) / len(assumed.comparisons)
-        needed = max(
-            images_to_decide(
-                difference,
-                one.images * counts.mean**2,
-                counts.mean,
-                bound=BOUNDS[asked],
-                largest=counts.largest,
-                level=level,
-            )
-            for one in {one for key, one in assumed.variances.items() if key.asked == asked}
-        )
-        return next(((k, end) for k, end in enumerate(self.stages, start=1) if end >= needed), None)
+        rule = Planned(self.assumed.question.level, self.assumed.question.margin, self.stages)
+        variances = {one for key, one in self.assumed.variances.items() if key.asked == asked}
+        for k, images in enumerate(self.stages):
+            errors = (math.sqrt(one.images / images + one.seeds / self.seeds) for one in variances)
+            if images >= 2 and min(self._decided(rule, k, error, difference) for error in errors) >= POWER:
+                return k + 1, images
+        return None
+
+    def _decided(self, rule: Planned, stage: int, error: float, difference: float | None) -> float:
+        """Return the probability that a stage decides a comparison."""
+        images = self.stages[stage]
+        if difference is None:
+            level = 1.0 - rule.nominal(stage, 1.0 - rule.level)
+            return power_of_equivalence(rule.margin, error, level=level, images=images)
+        level = 1.0 - 2.0 * rule.nominal(stage, (1.0 - self.assumed.level) / 2.0)
+        return power_of_difference(difference, error, level=level, images=images)
 
     @property
     def stages(self) -> tuple[int, ...]:
@@ -193,8 +205,8 @@ class Design:
         assumed = self.assumed
         until = {
             asked: {
-                f"{difference:g}": self.stages_until_decided(asked, difference)
-                for difference in differences_until_decided(assumed)
+                "equal" if difference is None else f"{difference:g}": self.stages_until_decided(asked, difference)
+                for difference in DIFFERENCES
             }
             for asked in BOUNDS
         }
@@ -220,11 +232,6 @@ class Design:
                 for one in self.shown
             ],
         }
-
-
-def differences_until_decided(assumed: Assumptions) -> tuple[float, ...]:
-    """Return the differences for which the stages of a run until decided are told; the last one is the margin."""
-    return (0.1, 0.05, assumed.question.margin)
 
 
 def as_planned(found: Plan, folder: Path | None = None) -> Design:

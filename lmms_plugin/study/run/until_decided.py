@@ -19,18 +19,21 @@ from lmms_plugin.study.file.task_images import documents_by_image
 from lmms_plugin.study.run.execution import Finished, Work
 from lmms_plugin.study.run.planning import Plan, checked_cells, plan
 from lmms_plugin.study.verdicts import judging, sequential_verdict
+from lmms_plugin.study.verdicts.boundaries import PLANNED, RULES
 from lmms_plugin.study.verdicts.stages import FIRST, ImageStages, follow
 from lmms_plugin.utils.image_slices import ImageSlice
+from lmms_plugin.utils.suggest import near
 from lmms_plugin.utils.variables import IMAGES
 
 
-def run(file: Path, work: Work, *, first: int | None = None) -> Finished:
+def run(file: Path, work: Work, *, first: int | None = None, boundaries: str | None = None) -> Finished:
     """Run the cells of a study on ever more images until its comparisons are decided.
 
     Args:
         file: Study file; `images` in it are the most that are asked about.
         work: Where and how they are run; its watch makes a watcher for each stage.
         first: Number of images of the first stage; None for that of the stages that the folder has, or the default.
+        boundaries: Name of the rule that settles comparisons; None likewise.
 
     Returns:
         The plan of all stages that were run, and what was decided; no conclusion while cells are missing.
@@ -42,8 +45,17 @@ def run(file: Path, work: Work, *, first: int | None = None) -> Finished:
     study, output = read(file), work.folder.path
     cells = checked_cells(study)
     question, documents = asked_about(study, cells)
+    if boundaries not in (None, *RULES):
+        raise ValueError(
+            f"--boundaries: expected one of {', '.join(RULES)}, got {boundaries!r}{near(boundaries, RULES)}"
+        )
     begun = ImageStages.read(output)
-    schedule = ImageStages.of(documents, question.seed, first or (FIRST if begun is None else begun.images[0]))
+    schedule = ImageStages.of(
+        documents,
+        question.seed,
+        first or (FIRST if begun is None else begun.images[0]),
+        boundaries or (PLANNED if begun is None else begun.boundaries),
+    )
     work.open(file)
     judging.withdraw(output)
     schedule.write(output)

@@ -1,27 +1,25 @@
 """Decisions of a study that stops when it knows: which comparisons are settled after each stage of images.
 
-Every comparison (model, contrast, bits, and under shift or interaction) has a confidence sequence over images; the
-error 1 − `level` is divided among all of them (Bonferroni). A comparison is settled when its sequence excludes 0 or
-lies within the margin, and stays as it was then. With probability `level`, no difference is claimed that is none, and
-no equivalence of arms that differ by more than the margin, whenever the study stops.
+A comparison is a model, a contrast, bits, and a question: under shift or interaction. It is settled when a rule
+(`lmms_plugin.study.verdicts.boundaries`) finds a difference or that there is none, and stays as it was then.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from lmms_plugin.analysis.findings import EQUIVALENT, OPEN, REVERSE, SHOWN
+from lmms_plugin.analysis.findings import OPEN, REVERSE, SHOWN
 from lmms_plugin.metrics.bootstrap import Interval
-from lmms_plugin.metrics.confidence_sequences import confidence_sequence, log_capital
 from lmms_plugin.study.file.analyses import MethodByShift
 from lmms_plugin.study.file.grid import CellAxes
 from lmms_plugin.study.verdicts.arms import FinishedCell, Placed, by_seed, one_reference, select
+from lmms_plugin.study.verdicts.boundaries import Evidence, Family, Judgement, Rule
 from lmms_plugin.study.verdicts.contrasts import BROKEN, arm_cells, shared_bits
 
 Floats = npt.NDArray[np.float64]
@@ -54,7 +52,7 @@ class Decision(NamedTuple):
     Attributes:
         finding: As in `lmms_plugin.analysis.findings`.
         difference: First − second, per document.
-        interval: Confidence sequence at this number of images.
+        interval: Interval at this number of images, by the rule of the study.
         images: Number of images that it rests on.
         documents: Number of their documents.
         broken: Arms that keep less than half of the unquantized model's accuracy on these clean images.
@@ -73,7 +71,7 @@ class Decision(NamedTuple):
 
 
 class StageAnswers(NamedTuple):
-    """StageAnswers of a cell to one stage.
+    """Answers of a cell to the images of one stage, or of several.
 
     Attributes:
         sizes: Number of documents of each image, shape (images,).
@@ -82,6 +80,12 @@ class StageAnswers(NamedTuple):
 
     sizes: Floats
     right: Mapping[str, Floats]
+
+    @classmethod
+    def joined(cls, stages: Sequence[StageAnswers]) -> StageAnswers:
+        """Return the answers to several stages in sequence."""
+        right = {task: np.concatenate([one.right[task] for one in stages]) for task in stages[0].right}
+        return cls(np.concatenate([one.sizes for one in stages]), right)
 
 
 Groups = tuple[tuple[CellAxes, ...], ...]
@@ -118,38 +122,33 @@ class Decisions:
 
     Attributes:
         question: Question of the study.
-        largest: Largest number of documents of an image in the whole dataset.
-        members: ArmComparison → its cells.
+        rule: When a comparison is settled.
+        members: ArmComparison → its cells, of `comparisons`.
         found: ArmComparison → its latest state.
     """
 
     question: MethodByShift
-    largest: int
+    rule: Rule
     members: Mapping[ArmComparison, ComparedCells]
     found: dict[ArmComparison, Decision] = field(default_factory=dict)
-    _seen: dict[ArmComparison, list[dict[str, Floats]]] = field(default_factory=dict)
+    _seen: dict[CellAxes, list[StageAnswers]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, question: MethodByShift, cells: Sequence[Placed], largest: int) -> Decisions:
+    def of(
+        cls, question: MethodByShift, cells: Sequence[Placed], rule: Callable[[MethodByShift, int], Rule]
+    ) -> Decisions:
         """Return the comparisons that cells allow, of which nothing is known yet.
+
+        Args:
+            question: Question of the study.
+            cells: Its cells.
+            rule: Function of the question and the number of comparisons that returns when one is settled.
 
         Raises:
             AskedError: An arm has no cell, or two arms differ in bits.
         """
-        members: dict[ArmComparison, ComparedCells] = {}
-        for model in dict.fromkeys(cell.axes.model for cell in cells):
-            own = select(cells, {"model": model})
-            for pair in question.contrasts:
-                for bits in shared_bits(own, pair, question):
-                    arms = [_groups(select(arm_cells(own, name, question), {"bits": bits})) for name in pair]
-                    one = ComparedCells(arms[0], arms[1], one_reference(own).axes)
-                    members |= {ArmComparison(model, *pair, bits, asked): one for asked in BOUNDS}
-        return cls(question, largest, members)
-
-    @property
-    def level(self) -> float:
-        """Confidence level of each sequence, so that all of them together have that of the study."""
-        return 1.0 - (1.0 - self.question.level) / len(self.members)
+        members = comparisons(question, cells)
+        return cls(question, rule(question, len(members)), members)
 
     def open(self) -> list[ArmComparison]:
         """Return the comparisons that are not settled."""
@@ -168,33 +167,55 @@ class Decisions:
 
     def add(self, answers: Mapping[CellAxes, StageAnswers]) -> None:
         """Take in a stage: the answers of all needed cells to the same images, in the same order."""
-        for one in self.open():
-            seen = self._seen.setdefault(one, [])
-            seen.append(self._stage(self.members[one], answers))
-            columns = {name: np.concatenate([stage[name] for stage in seen]) for name in seen[0]}
-            self.found[one] = self._decided(one, columns)
+        for axes in self.needed():
+            self._seen.setdefault(axes, []).append(answers[axes])
+        stage = max(map(len, self._seen.values())) - 1
+        whole = {axes: StageAnswers.joined(self._seen[axes]) for axes in self.needed()}
+        evidence = {one: self._evidence(one, whole) for one in self.open()}
+        shown = Counter(_family(one) for one, state in self.found.items() if state.finding in (SHOWN, REVERSE))
+        unshown = Counter(map(_family, self.members))
+        unshown.subtract(shown)
+        judged = self.rule.judge(stage, evidence, unshown)
+        self.found |= {one: self._decision(one, evidence[one], judged[one], whole) for one in evidence}
 
-    def _stage(self, members: ComparedCells, answers: Mapping[CellAxes, StageAnswers]) -> dict[str, Floats]:
-        reference = answers[members.reference]
-        return {
-            "sizes": reference.sizes,
-            "reference": reference.right[self.question.clean],
-            **right_answers(self.question, members.first, members.second, answers),
-        }
+    def _evidence(self, one: ArmComparison, answers: Mapping[CellAxes, StageAnswers]) -> Evidence:
+        cells = self.members[one]
+        sums = differences(one.asked, right_answers(self.question, cells.first, cells.second, answers))
+        by_seed = differences_by_seed(one.asked, self.question, cells.first, cells.second, answers)
+        return Evidence(sums, answers[cells.reference].sizes, by_seed, BOUNDS[one.asked], _family(one))
 
-    def _decided(self, one: ArmComparison, columns: Mapping[str, Floats]) -> Decision:
-        sizes, bound = columns["sizes"], BOUNDS[one.asked]
-        sums = differences(one.asked, columns)
-        floor = BROKEN * columns["reference"].sum()
-        arms = {one.first: columns["first clean"], one.second: columns["second clean"]}
+    def _decision(
+        self, one: ArmComparison, known: Evidence, judged: Judgement, answers: Mapping[CellAxes, StageAnswers]
+    ) -> Decision:
+        cells, clean = self.members[one], self.question.clean
+        right = right_answers(self.question, cells.first, cells.second, answers)
+        floor = BROKEN * answers[cells.reference].right[clean].sum()
+        arms = {one.first: right["first clean"], one.second: right["second clean"]}
         return Decision(
-            finding(sums, sizes, bound=bound, largest=self.largest, level=self.level, margin=self.question.margin),
-            float(sums.sum() / sizes.sum()),
-            confidence_sequence(sums, sizes, bound=bound, largest=self.largest, level=self.level),
-            sizes.size,
-            int(sizes.sum()),
-            tuple(name for name, right in arms.items() if right.sum() < floor),
+            judged.finding,
+            float(known.sums.sum() / known.sizes.sum()),
+            judged.interval,
+            known.sizes.size,
+            int(known.sizes.sum()),
+            tuple(name for name, own in arms.items() if own.sum() < floor),
         )
+
+
+def comparisons(question: MethodByShift, cells: Sequence[Placed]) -> dict[ArmComparison, ComparedCells]:
+    """Return the comparisons that cells allow.
+
+    Raises:
+        AskedError: An arm has no cell, or two arms differ in bits.
+    """
+    members: dict[ArmComparison, ComparedCells] = {}
+    for model in dict.fromkeys(cell.axes.model for cell in cells):
+        own = select(cells, {"model": model})
+        for pair in question.contrasts:
+            for bits in shared_bits(own, pair, question):
+                arms = [_groups(select(arm_cells(own, name, question), {"bits": bits})) for name in pair]
+                one = ComparedCells(arms[0], arms[1], one_reference(own).axes)
+                members |= {ArmComparison(model, *pair, bits, asked): one for asked in BOUNDS}
+    return members
 
 
 def right_answers(
@@ -220,30 +241,20 @@ def differences(asked: str, right: Mapping[str, Floats]) -> Floats:
     return sums - (right["first clean"] - right["second clean"]) if asked == INTERACTION else sums
 
 
-def finding(sums: Floats, sizes: Floats, *, bound: float, largest: int, level: float, margin: float) -> str:
-    """Return what a confidence sequence shows, as in `lmms_plugin.analysis.findings`.
+def differences_by_seed(
+    asked: str, question: MethodByShift, first: Groups, second: Groups, answers: Mapping[CellAxes, StageAnswers]
+) -> Floats | None:
+    """Return `differences` with each calibration seed alone, shape (seeds, images); None where there is one seed."""
+    seeds = max(len(group) for group in (*first, *second))
+    if seeds == 1:
+        return None
+    arms = [(_of_seed(first, k), _of_seed(second, k)) for k in range(seeds)]
+    return np.stack([differences(asked, right_answers(question, *both, answers)) for both in arms])
 
-    A difference within the margin is too small to count, as in every analysis of a study. The ends of the sequence are
-    not needed for it: they exclude a value exactly if the capital of a bet against it is large enough.
 
-    Args:
-        sums: Sum of the documents' differences of each image, shape (images,).
-        sizes: Number of documents of each image, shape (images,).
-        bound: As of `confidence_sequence`.
-        largest: As of `confidence_sequence`.
-        level: Confidence level of the sequence.
-        margin: Largest absolute difference that counts as none.
-    """
-    needed = math.log(2.0 / (1.0 - level))
-
-    def excluded(mean: float, *, above: bool) -> bool:
-        return log_capital(sums, sizes, mean, bound=bound, largest=largest, above=above) > needed
-
-    if margin >= bound or (excluded(margin, above=False) and excluded(-margin, above=True)):
-        return EQUIVALENT
-    if excluded(0.0, above=True):
-        return SHOWN
-    return REVERSE if excluded(0.0, above=False) else OPEN
+def _of_seed(arm: Groups, k: int) -> Groups:
+    """Return an arm with one seed of every configuration."""
+    return tuple((group[k % len(group)],) for group in arm)
 
 
 def answers_of(cell: FinishedCell, tasks: Sequence[str]) -> StageAnswers:
@@ -266,3 +277,7 @@ def answers_of(cell: FinishedCell, tasks: Sequence[str]) -> StageAnswers:
 
 def _groups(cells: Sequence[Placed]) -> Groups:
     return tuple(tuple(cell.axes for cell in group) for group in by_seed(cells))
+
+
+def _family(one: ArmComparison) -> Family:
+    return one.model, one.asked

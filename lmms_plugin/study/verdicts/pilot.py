@@ -8,8 +8,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from lmms_plugin.metrics.power import expected_variance, measured_variance, seed_variance
 from lmms_plugin.study.file.analyses import MethodByShift
 from lmms_plugin.study.file.grid import CellAxes
@@ -25,6 +23,7 @@ from lmms_plugin.study.verdicts.decisions import (
     StageAnswers,
     answers_of,
     differences,
+    differences_by_seed,
     right_answers,
 )
 from lmms_plugin.utils.messages import counted
@@ -117,14 +116,10 @@ def _measured(
     if sizes.size < _LEAST or any(answers[axes].sizes.size != sizes.size for arm in (*first, *second) for axes in arm):
         return None
     sums = differences(asked, right_answers(question, first, second, answers))
-    seeds = max(len(group) for group in (*first, *second))
     between, basis = SEED_DEVIATION**2 if cells.seeds > 1 else 0.0, "seeds as stated"
-    if seeds > 1:
-        drawn = [
-            differences(asked, right_answers(question, _of_seed(first, k), _of_seed(second, k), answers))
-            for k in range(seeds)
-        ]
-        between, basis = seed_variance(np.stack(drawn), sizes), counted(seeds, "seed")
+    by_seed = differences_by_seed(asked, question, first, second, answers)
+    if by_seed is not None:
+        between, basis = seed_variance(by_seed, sizes), counted(len(by_seed), "seed")
     variance = measured_variance(sums, sizes)
     if not variance > 0.0:
         # Arms that never differed on so few images say nothing of how much they do.
@@ -136,8 +131,3 @@ def _measured(
 def _there(arm: Groups, answers: Collection[CellAxes]) -> Groups:
     found = (tuple(axes for axes in group if axes in answers) for group in arm)
     return tuple(group for group in found if group)
-
-
-def _of_seed(arm: Groups, k: int) -> Groups:
-    """Return an arm with one seed of every configuration."""
-    return tuple((group[k % len(group)],) for group in arm)

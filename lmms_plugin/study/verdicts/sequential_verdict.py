@@ -125,14 +125,10 @@ def _row(one: ArmComparison, found: Decided) -> list[str]:
 
 
 def _legend(found: Decided) -> str:
-    question, count = found.decisions.question, len(found.decisions.members)
     return (
-        "Differences in points of accuracy, first arm less second, with confidence sequences over images, which hold"
-        f" at all stages together; all {counted(count, 'comparison')} together are right with a probability of"
-        f" {100 * question.level:g} % ({100 * found.decisions.level:.4g} % each). Calibration seeds are those of the"
-        " cells: other seeds may give others. Interaction: difference under shift less difference on clean data."
-        f" Equivalent means within ±{100 * question.margin:g} points. Saved: documents that the comparison did not"
-        " need."
+        f"Differences in points of accuracy, first arm less second. {found.decisions.rule.legend()} Interaction:"
+        " difference under shift less difference on clean data. Equivalent means within"
+        f" ±{100 * found.decisions.question.margin:g} points. Saved: documents that the comparison did not need."
     )
 
 

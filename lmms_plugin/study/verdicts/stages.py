@@ -10,7 +10,8 @@ from typing import NamedTuple
 from lmms_plugin.analysis.study_files import STAGES, StagesAccount
 from lmms_plugin.study.file.analyses import MethodByShift
 from lmms_plugin.study.file.grid import Cell, CellAxes
-from lmms_plugin.study.verdicts.arms import FinishedCell, read_cells
+from lmms_plugin.study.verdicts.arms import FinishedCell, Placed, read_cells
+from lmms_plugin.study.verdicts.boundaries import ANY_TIME, PLANNED, AnyTime, Planned, Rule
 from lmms_plugin.study.verdicts.decisions import Decisions, StageAnswers, answers_of
 from lmms_plugin.utils import image_slices
 from lmms_plugin.utils.files import write_json
@@ -29,25 +30,28 @@ class ImageStages(NamedTuple):
         images: Number of images after each stage; all images after the last one.
         documents: Number of their documents after each stage.
         largest: Largest number of documents of an image in the whole dataset.
+        boundaries: Name of the rule that settles comparisons, one of `boundaries.RULES`.
     """
 
     seed: int
     images: tuple[int, ...]
     documents: tuple[int, ...]
     largest: int
+    boundaries: str = PLANNED
 
     @classmethod
-    def of(cls, documents: Mapping[str, int], seed: int, first: int = FIRST) -> ImageStages:
+    def of(cls, documents: Mapping[str, int], seed: int, first: int = FIRST, boundaries: str = PLANNED) -> ImageStages:
         """Return the stages of a dataset.
 
         Args:
             documents: Image → number of documents.
             seed: Seed of the order of the images.
             first: Number of images of the first stage.
+            boundaries: Name of the rule that settles comparisons.
         """
         ends = image_slices.stages(len(documents), first)
         asked = [sum(documents[image] for image in ImageSlice(seed, 0, end).of(documents)) for end in ends]
-        return cls(seed, ends, tuple(asked), max(documents.values()))
+        return cls(seed, ends, tuple(asked), max(documents.values()), boundaries)
 
     @classmethod
     def read(cls, study: Path) -> ImageStages | None:
@@ -60,11 +64,17 @@ class ImageStages(NamedTuple):
         if not file.exists():
             return None
         told = accounts.read(file, StagesAccount)
-        return cls(told["seed"], tuple(told["images"]), tuple(told["documents"]), told["largest"])
+        return cls(told["seed"], tuple(told["images"]), tuple(told["documents"]), told["largest"], told["boundaries"])
 
     def write(self, study: Path) -> None:
         """Write the stages into a study's folder."""
         write_json(study / STAGES, self._asdict())
+
+    def rule(self, question: MethodByShift, comparisons: int) -> Rule:
+        """Return the rule that settles the comparisons of a question."""
+        if self.boundaries == ANY_TIME:
+            return AnyTime(question.level, question.margin, comparisons, self.largest)
+        return Planned(question.level, question.margin, self.images)
 
     def slices(self) -> list[ImageSlice]:
         """Return the images of each stage."""
@@ -94,9 +104,7 @@ def follow(
     schedule: ImageStages,
     obtain: Callable[[Sequence[Cell]], Collection[str] | None],
 ) -> Decided | None:
-    """Go through the stages until every comparison is settled or no image is left.
-
-    Which cells a stage needs depends on answers to the stages before alone, not on when or where they were given.
+    """Go through the stages of a study's folder until every comparison is settled or no image is left.
 
     Args:
         study: Folder of the study.
@@ -111,19 +119,46 @@ def follow(
     Raises:
         ValueError: A cell is damaged, or answered other documents than its stage.
     """
-    decisions = Decisions.of(question, cells, schedule.largest)
     tasks = (question.clean, *question.shifted)
+
+    def answered(part: ImageSlice, documents: int, needed: Collection[CellAxes]) -> dict[CellAxes, StageAnswers] | None:
+        ids = obtain([replace(cell, images=str(part), tasks=tasks) for cell in cells if cell.axes in needed])
+        return None if ids is None else _answers(read_cells(study, ids), tasks, part, documents)
+
+    return decide(question, cells, schedule, answered)
+
+
+def decide(
+    question: MethodByShift,
+    cells: Sequence[Placed],
+    schedule: ImageStages,
+    answered: Callable[[ImageSlice, int, Collection[CellAxes]], Mapping[CellAxes, StageAnswers] | None],
+) -> Decided | None:
+    """Go through stages until every comparison is settled or no image is left.
+
+    Which cells a stage needs depends on answers to the stages before alone, not on when or where they were given.
+
+    Args:
+        question: Question of the study.
+        cells: All of its cells.
+        schedule: Its stages.
+        answered: Function of the images of a stage, the number of their documents and the needed cells that returns
+            the cells' answers; None if some are missing.
+
+    Returns:
+        What is known at the end; None if answers were missing.
+    """
+    decisions = Decisions.of(question, cells, schedule.rule)
     before = asked = stages = 0
     for part, until in zip(schedule.slices(), schedule.documents, strict=True):
         needed = decisions.needed()
         if not needed:
             break
-        of_stage = [replace(cell, images=str(part), tasks=tasks) for cell in cells if cell.axes in needed]
-        ids = obtain(of_stage)
-        if ids is None:
+        answers = answered(part, until - before, needed)
+        if answers is None:
             return None
-        decisions.add(_answers(read_cells(study, ids), tasks, part, until - before))
-        asked += len(of_stage) * len(tasks) * (until - before)
+        decisions.add(answers)
+        asked += len(needed) * (1 + len(question.shifted)) * (until - before)
         before, stages = until, stages + 1
     return Decided(decisions, schedule, stages, asked)
 
