@@ -181,26 +181,27 @@ class Estimate(NamedTuple):
     def interval(self, level: float) -> Interval:
         """Return the interval of a look of its own with this level."""
         limit = float(student.isf((1.0 - level) / 2.0, self.freedom))
-        low, high = (self.value - self.error * self._skewed(one) for one in (limit, -limit))
-        return Interval(low, high)
+        above, below = max(limit, self._skewed(limit)), min(-limit, self._skewed(-limit))
+        return Interval(self.value - self.error * above, self.value - self.error * below)
 
     def _p_at_least(self, difference: float) -> float:
         """Return the p-value of a true difference of at least this."""
-        return float(student.cdf(self._symmetric(difference), self.freedom))
+        return float(student.cdf(max(self._statistics(difference)), self.freedom))
 
     def _p_at_most(self, difference: float) -> float:
         """Return the p-value of a true difference of at most this."""
-        return float(student.sf(self._symmetric(difference), self.freedom))
+        return float(student.sf(min(self._statistics(difference)), self.freedom))
 
-    def _symmetric(self, difference: float) -> float:
-        """Return the statistic against a difference without its skewness.
+    def _statistics(self, difference: float) -> tuple[float, float]:
+        """Return the statistic against a difference, as it is and without its skewness.
 
-        By the cubic transformation of Hall ("On the removal of skewness by transformation", JRSS B 1992).
+        The second one is the cubic transformation of Hall ("On the removal of skewness by transformation", JRSS B
+        1992). A skewness that is only of this sample would make it too bold, so a p-value takes the milder of both.
         """
         t, g = (self.value - difference) / self.error, self.skewness
-        return t + g * t**2 / 3.0 + g**2 * t**3 / 27.0 + g / 6.0
+        return t, t + g * t**2 / 3.0 + g**2 * t**3 / 27.0 + g / 6.0
 
     def _skewed(self, limit: float) -> float:
-        """Return the statistic of which `_symmetric` makes `limit`."""
+        """Return the statistic that is `limit` without its skewness."""
         g = self.skewness
         return limit if abs(g) < ROUNDING else float(3.0 / g * (np.cbrt(1.0 + g * (limit - g / 6.0)) - 1.0))

@@ -87,7 +87,7 @@ def _is_of(one: PlannedComparison, pair: tuple[str, str], asked: str) -> bool:
 
 def _until_decided(made: Design) -> ScreenTable:
     """Return after how many images a run until decided has decided differences of some sizes, and equality."""
-    equal = f"none: within ±{100 * made.assumed.question.margin:g}"
+    equal = f"none (±{100 * made.assumed.question.margin:g})"
     names = [equal if one is None else f"{100 * one:g} points" for one in DIFFERENCES]
     rows = []
     for asked in _ASKED:
