@@ -1,6 +1,6 @@
 """How many answers would `study run --until-decided` have asked for in a study that was run on all images?
 
-    python -m bench.until_decided studies/zero_shot_vs_ptq.yaml FOLDER [--first-images 30] [--boundaries any-time]
+    python -m bench.until_decided studies/zero_shot_vs_ptq.yaml FOLDER [--first-images N] [--boundaries any-time]
 
 FOLDER holds the study, run whole. An answer to a question is the same whenever it is given, so the stages are followed
 on the answers that are there: each stage takes those of its images, of the cells that comparisons still need. Nothing
@@ -33,18 +33,18 @@ from lmms_plugin.study.verdicts.decisions import (
     answers_of,
 )
 from lmms_plugin.study.verdicts.sequential_verdict import conclude
-from lmms_plugin.study.verdicts.stages import FIRST, Decided, ImageStages, decide
+from lmms_plugin.study.verdicts.stages import Decided, ImageStages, decide
 from lmms_plugin.study.verdicts.verdict import NOT_JUDGED
 from lmms_plugin.utils.image_slices import ImageSlice
 
 
-def decided(file: Path, folder: Path, first: int, boundaries: str) -> Decided:
+def decided(file: Path, folder: Path, first: int | None, boundaries: str) -> Decided:
     """Follow the stages of a study on the answers of a finished run.
 
     Args:
         file: Study file.
         folder: Folder of the study, run on all images.
-        first: Number of images of the first stage.
+        first: Number of images of the first stage; None for the default.
         boundaries: Name of the rule that settles comparisons.
     """
     study = read(file)
@@ -53,7 +53,11 @@ def decided(file: Path, folder: Path, first: int, boundaries: str) -> Decided:
 
 
 def followed(
-    cells: Sequence[FinishedCell], question: MethodByShift, documents: Mapping[str, int], first: int, boundaries: str
+    cells: Sequence[FinishedCell],
+    question: MethodByShift,
+    documents: Mapping[str, int],
+    first: int | None,
+    boundaries: str,
 ) -> Decided:
     """Follow the stages on the answers of finished cells.
 
@@ -61,7 +65,7 @@ def followed(
         cells: Cells that answered all images.
         question: Question of the study.
         documents: Image → number of documents.
-        first: Number of images of the first stage.
+        first: Number of images of the first stage; None for the default.
         boundaries: Name of the rule that settles comparisons.
     """
     tasks = (question.clean, *question.shifted)
@@ -109,7 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file", type=Path)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--first-images", type=int, default=FIRST)
+    parser.add_argument("--first-images", type=int)
     parser.add_argument("--boundaries", choices=RULES, default=PLANNED)
     options = parser.parse_args()
     found = decided(options.file, options.folder, options.first_images, options.boundaries)

@@ -96,7 +96,7 @@ def run_study(
         typer.Option("--until-decided", help="Ask about ever more images, until every comparison is decided."),
     ] = False,
     first_images: Annotated[
-        int | None, typer.Option(min=1, help="Images of the first stage of --until-decided; 30 by default.")
+        int | None, typer.Option(min=1, help="Images of the first stage of --until-decided; a quarter, or 30.")
     ] = None,
     boundaries: Annotated[
         str | None,

@@ -213,8 +213,8 @@ def test_what_has_no_design_says_why(tmp_path, published):
 
 def test_later_stages_decide_smaller_differences(seeded):
     made = design.as_planned(seeded)
-    assert made.stages == (30, 60, 120, 240, 480, 960, 1500)
-    big, small = (made.stages_until_decided(UNDER_SHIFT, one) for one in (0.2, 0.05))
+    assert made.stages == (375, 750, 1500)
+    big, small = (made.stages_until_decided(UNDER_SHIFT, one) for one in (0.2, 0.02))
     assert big[1] < small[1] <= 1500
     assert made.stages_until_decided(INTERACTION, 0.005) is None
     assert made.stages_until_decided(UNDER_SHIFT, None)[1] <= 1500

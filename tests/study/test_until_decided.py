@@ -298,6 +298,19 @@ def test_a_folder_keeps_its_stages_and_its_rule(tmp_path):
         ImageStages.read(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("count", "boundaries", "expected"),
+    [
+        (130, PLANNED, (33, 66, 130)),
+        (1500, PLANNED, (375, 750, 1500)),
+        (50, PLANNED, (30, 50)),
+        (130, ANY_TIME, (30, 60, 130)),
+    ],
+)
+def test_the_first_stage_is_a_quarter_of_the_images_or_thirty(count, boundaries, expected):
+    assert schedule(count, None, boundaries).images == expected
+
+
 def test_images_of_the_environment_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("LMMS_PLUGIN_IMAGES", "0:0:8")
     refused(tmp_path, STUDY + ANALYSIS, "expected LMMS_PLUGIN_IMAGES to be unset")

@@ -38,7 +38,7 @@ from lmms_plugin.study.verdicts import pilot
 from lmms_plugin.study.verdicts.boundaries import Planned
 from lmms_plugin.study.verdicts.decisions import BOUNDS, ArmComparison, ComparedCells, comparisons
 from lmms_plugin.study.verdicts.pilot import AssumedVariance
-from lmms_plugin.study.verdicts.stages import FIRST
+from lmms_plugin.study.verdicts.stages import first_stage
 from lmms_plugin.utils import image_slices
 from lmms_plugin.utils.image_slices import ImageSlice
 from lmms_plugin.utils.reading.located import load
@@ -198,7 +198,7 @@ class Design:
     @property
     def stages(self) -> tuple[int, ...]:
         """Images after each stage of a run until decided."""
-        return image_slices.stages(self.images, FIRST)
+        return image_slices.stages(self.images, first_stage(self.images))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the design as `study plan --json` prints it."""

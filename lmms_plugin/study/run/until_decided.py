@@ -20,7 +20,7 @@ from lmms_plugin.study.run.execution import Finished, Work
 from lmms_plugin.study.run.planning import Plan, checked_cells, plan
 from lmms_plugin.study.verdicts import judging, sequential_verdict
 from lmms_plugin.study.verdicts.boundaries import PLANNED, RULES
-from lmms_plugin.study.verdicts.stages import FIRST, ImageStages, follow
+from lmms_plugin.study.verdicts.stages import ImageStages, follow
 from lmms_plugin.utils.image_slices import ImageSlice
 from lmms_plugin.utils.suggest import near
 from lmms_plugin.utils.variables import IMAGES
@@ -50,12 +50,9 @@ def run(file: Path, work: Work, *, first: int | None = None, boundaries: str | N
             f"--boundaries: expected one of {', '.join(RULES)}, got {boundaries!r}{near(boundaries, RULES)}"
         )
     begun = ImageStages.read(output)
-    schedule = ImageStages.of(
-        documents,
-        question.seed,
-        first or (FIRST if begun is None else begun.images[0]),
-        boundaries or (PLANNED if begun is None else begun.boundaries),
-    )
+    if begun is not None and boundaries in (None, begun.boundaries):
+        first, boundaries = first or begun.images[0], begun.boundaries
+    schedule = ImageStages.of(documents, question.seed, first, boundaries or PLANNED)
     work.open(file)
     judging.withdraw(output)
     schedule.write(output)

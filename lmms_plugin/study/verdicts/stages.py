@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,19 @@ from lmms_plugin.utils.image_slices import ImageSlice
 from lmms_plugin.utils.reading import accounts
 
 FIRST = 30
-"""Images of the first stage, unless another number is asked for."""
+"""Images of the first stage at least, unless another number is asked for."""
+
+
+def first_stage(images: int, boundaries: str = PLANNED) -> int:
+    """Return the images of the first stage, unless another number is asked for.
+
+    Before a quarter of them planned tests decide hardly anything, and every stage loads every model.
+
+    Args:
+        images: Number of all images.
+        boundaries: Name of the rule that settles comparisons.
+    """
+    return FIRST if boundaries == ANY_TIME else max(FIRST, math.ceil(images / 4))
 
 
 class ImageStages(NamedTuple):
@@ -40,16 +53,18 @@ class ImageStages(NamedTuple):
     boundaries: str = PLANNED
 
     @classmethod
-    def of(cls, documents: Mapping[str, int], seed: int, first: int = FIRST, boundaries: str = PLANNED) -> ImageStages:
+    def of(
+        cls, documents: Mapping[str, int], seed: int, first: int | None = None, boundaries: str = PLANNED
+    ) -> ImageStages:
         """Return the stages of a dataset.
 
         Args:
             documents: Image → number of documents.
             seed: Seed of the order of the images.
-            first: Number of images of the first stage.
+            first: Number of images of the first stage; None for that of `first_stage`.
             boundaries: Name of the rule that settles comparisons.
         """
-        ends = image_slices.stages(len(documents), first)
+        ends = image_slices.stages(len(documents), first or first_stage(len(documents), boundaries))
         asked = [sum(documents[image] for image in ImageSlice(seed, 0, end).of(documents)) for end in ends]
         return cls(seed, ends, tuple(asked), max(documents.values()), boundaries)
 
