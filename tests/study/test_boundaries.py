@@ -9,7 +9,8 @@ from lmms_plugin.study.verdicts.decisions import INTERACTION, UNDER_SHIFT
 
 LARGEST, MARGIN, LEVEL = 12, 0.05, 0.95
 COMPARED = ((UNDER_SHIFT, 1.0), (INTERACTION, 2.0)) * 2
-IN_STAGES = {30: (30,), 150: (30, 60, 150), 600: (30, 60, 120, 240, 600)}
+IN_STAGES = [(30,), (38, 76, 150), (150, 300, 600), (30, 60, 120, 240, 600)]
+"""Images after each stage: as studies of 30, 150 and 600 images begin by themselves, and from 30 on."""
 
 
 def differences(random, sizes, truth, flipped=0.12):
@@ -53,33 +54,31 @@ def in_stages(rule, whole, stages):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("images", IN_STAGES)
+@pytest.mark.parametrize("stages", IN_STAGES, ids=str)
 @pytest.mark.parametrize("seeds", [0, 3])
-def test_planned_stages_claim_no_difference_that_is_none(images, seeds):
+def test_planned_stages_claim_no_difference_that_is_none(stages, seeds):
     """Of 1,000 families of two comparisons each 5 % may; two families a study, so that 500 studies are drawn.
 
     With a margin of no width, or most would be called equal.
     """
-    random, wrong = np.random.default_rng(images + seeds), 0
-    rule = Planned(LEVEL, 1e-6, IN_STAGES[images])
+    random, wrong = np.random.default_rng(stages[-1] + seeds), 0
+    rule = Planned(LEVEL, 1e-6, stages)
     for _ in range(500):
-        whole = evidence(random, images, 0.0, seeds)
-        found = in_stages(rule, whole, IN_STAGES[images])
+        whole = evidence(random, stages[-1], 0.0, seeds)
+        found = in_stages(rule, whole, stages)
         wrong += len({whole[one].family for one, finding in found.items() if finding in (SHOWN, REVERSE)})
     # Two standard deviations of chance above 5 %.
     assert wrong <= 50 + 2 * 6.9
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("images", IN_STAGES)
+@pytest.mark.parametrize("stages", IN_STAGES, ids=str)
 @pytest.mark.parametrize("margin", [0.02, MARGIN])
-def test_planned_stages_claim_no_equality_at_the_margin(images, margin):
+def test_planned_stages_claim_no_equality_at_the_margin(stages, margin):
     """Of 1,000 comparisons that differ by the margin itself, 5 % may be called equal, and none the reverse."""
-    random, wrong, reverse = np.random.default_rng(images), 0, 0
+    random, wrong, reverse = np.random.default_rng(stages[-1]), 0, 0
     for _ in range(250):
-        findings = in_stages(
-            Planned(LEVEL, margin, IN_STAGES[images]), evidence(random, images, margin), IN_STAGES[images]
-        )
+        findings = in_stages(Planned(LEVEL, margin, stages), evidence(random, stages[-1], margin), stages)
         wrong += sum(finding == EQUIVALENT for finding in findings.values())
         reverse += sum(finding == REVERSE for finding in findings.values())
     assert wrong <= 50 + 2 * 6.9
