@@ -25,7 +25,7 @@ from scipy.stats import t as student
 
 from lmms_plugin.metrics._inputs import ROUNDING, Floats
 from lmms_plugin.metrics.bootstrap import MOST_FLIPPED, ClusterParts, Interval
-from lmms_plugin.metrics.power import measured_variance, seed_variance
+from lmms_plugin.metrics.power import measured_variance
 
 _NODES, _FARTHEST, _MOST = 512, 8.5, 60.0
 """Nodes of the quadrature at each look, how many standard deviations below 0 it begins, and the largest boundary."""
@@ -144,8 +144,10 @@ class Estimate(NamedTuple):
         of_images = measured_variance(values, counts) / values.size + 1.0 / documents**2
         parts = [(of_images, values.size - 1)]
         if by_seed is not None:
-            drawn = np.asarray(by_seed, dtype=np.float64)
-            parts.append((seed_variance(drawn, counts) / len(drawn), len(drawn) - 1))
+            # What chance in the images adds to it counts twice, as where images and seeds are resampled: subtracting it
+            # leaves too little where there are two or three seeds.
+            by_seed_alone = np.asarray(by_seed, dtype=np.float64).sum(axis=1) / documents
+            parts.append((float(by_seed_alone.var(ddof=1)) / by_seed_alone.size, by_seed_alone.size - 1))
         variance = sum(part for part, _ in parts)
         # Welch and Satterthwaite: degrees of freedom of a sum of variances.
         freedom = variance**2 / sum(part**2 / own for part, own in parts)
@@ -165,7 +167,7 @@ class Estimate(NamedTuple):
 
     def p_difference(self) -> float:
         """Return the two-sided p-value of no difference, at a look of its own."""
-        return max(self.least, 2.0 * min(self._p_at_most(0.0), self._p_at_least(0.0)))
+        return min(1.0, max(self.least, 2.0 * min(self._p_at_most(0.0), self._p_at_least(0.0))))
 
     def p_equivalence(self, margin: float) -> float:
         """Return the p-value of two one-sided tests that the difference is `margin` or more to either side.

@@ -8,7 +8,7 @@ from scipy.stats import binom, norm
 from scipy.stats import t as student
 
 from lmms_plugin.metrics.group_sequential import Estimate, boundaries, spent
-from lmms_plugin.metrics.power import measured_variance, seed_variance
+from lmms_plugin.metrics.power import measured_variance
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_calibration_seeds_add_their_variance_and_their_degrees_of_freedom():
     sizes = np.full(100, 4.0)
     by_seed = random.integers(-1, 2, size=(3, 100)) + np.array([[0.0], [0.6], [1.2]])
     found, without = Estimate.of(by_seed.mean(axis=0), sizes, by_seed), Estimate.of(by_seed.mean(axis=0), sizes)
-    seeds = seed_variance(by_seed, sizes) / 3
+    seeds = (by_seed.sum(axis=1) / 400).var(ddof=1) / 3
     assert found.error == pytest.approx(math.sqrt(without.error**2 + seeds))
     total = without.error**2 + seeds
     assert found.freedom == pytest.approx(total**2 / (without.error**4 / 99 + seeds**2 / 2))
@@ -128,6 +128,19 @@ def test_few_images_that_differ_are_tested_by_all_of_their_signs():
     sums = np.zeros(50)
     sums[:3] = 2.0
     assert Estimate.of(sums, np.full(50, 2.0)).p_difference() == 0.25
+
+
+def test_a_first_look_at_hardly_any_image_rejects_nothing_and_costs_nothing():
+    early, last = boundaries((1e-5, 1.0), 0.05)
+    assert early > 1000
+    assert last == pytest.approx(norm.isf(0.05))
+
+
+@pytest.mark.parametrize("value", [0.0, 0.01, -0.01])
+def test_p_values_are_probabilities(value):
+    estimate = Estimate(value, 0.1, 20.0, 1.5, 0.0, 50, 20, 0.1)
+    assert 0.0 <= estimate.p_difference() <= 1.0
+    assert estimate._replace(skewness=-1.5).p_difference() <= 1.0
 
 
 def test_one_look_is_an_ordinary_test():
