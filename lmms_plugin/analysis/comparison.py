@@ -157,13 +157,13 @@ class Comparison(NamedTuple):
 
 
 def expect_margin(margin: float | None) -> None:
-    """Refuse an equivalence margin that is not positive; None stands for no test of equivalence.
+    """Refuse an equivalence margin that is not a share, as one in points would be; None stands for no test.
 
     Raises:
-        ValueError: The margin is 0, negative or NaN.
+        ValueError: The margin is not between 0 and 1.
     """
-    if margin is not None and not margin > 0.0:
-        raise ValueError(f"expected a margin above 0, got {margin}")
+    if margin is not None and not 0.0 < margin < 1.0:
+        raise ValueError(f"expected a margin between 0 and 1, such as 0.02 for two points, got {margin:g}")
 
 
 def compare(

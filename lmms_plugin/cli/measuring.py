@@ -95,7 +95,8 @@ def compare(
     everything: Everything = False,
     json: AsJson = False,
     margin: Annotated[
-        float | None, typer.Option(help="Largest difference that counts as none: adds a test of equivalence.")
+        float | None,
+        typer.Option(help="Largest difference that counts as none, such as 0.02: adds a test of equivalence."),
     ] = None,
     estimator: Estimator = None,
     resamples: Resamples = 1000,

@@ -103,9 +103,9 @@ def build(summary: Summary, count: int) -> Gallery:
     chosen = [one for scope in summary.scopes for one in _chosen(scope, summary, count)] if count else []
     if not chosen:
         why = (
-            "no pictures were asked for"
+            "any answer: none were asked for"
             if not count
-            else "no answers with boxes beside an unquantized run of the same model"
+            else "any answer: no quantized run with boxes stands beside an unquantized one of the same model"
         )
         return Gallery((), (why,))
     cases: list[Case] = []

@@ -150,11 +150,9 @@ def facts(summary: Summary) -> dict[str, str]:
     dates = sorted(run.date[:10] for run in summary.runs if run.date)
     when = dict.fromkeys((dates[0], dates[-1])) if dates else {}
     zone = "in lmms-eval's time zone"
+    counts = {"run": len(summary.runs), "configuration": len(configs), "task": len(tasks), "answer": answers}
     return {
-        "runs": f"{len(summary.runs):,}",
-        "configurations": f"{len(configs):,}",
-        "tasks": f"{len(tasks):,}",
-        "answers": f"{answers:,}",
+        **{noun if count == 1 else f"{noun}s": f"{count:,}" for noun, count in counts.items()},
         **({f"{'date' if len(when) == 1 else 'dates'} {zone}": " to ".join(when)} if when else {}),
     }
 

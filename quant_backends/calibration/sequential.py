@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from loguru import logger
@@ -48,6 +48,8 @@ from lmms_plugin.quant_backends.statistics import (
 from lmms_plugin.quant_backends.structure.blocks import find_blocks
 from lmms_plugin.quant_backends.structure.components import dense_linear, expect_finite
 from lmms_plugin.quant_backends.structure.experts import expert_of
+
+Measured = TypeVar("Measured")
 
 UNCALIBRATED = "uncalibrated"
 """What follows a method's name where too few inputs reached a layer."""
@@ -222,25 +224,34 @@ class SequentialQuantizer:
     def _measured_sensitivities(
         self, layers: Sequence[str], batches: Sequence[Mapping[str, Any]]
     ) -> Mapping[str, Sensitivity]:
-        found: Mapping[str, Sensitivity] | None
-        with self._alone():
-            found = None if self.kept is None else self.kept.sensitivities()
-            if found is None:
-                found = measure_sensitivities(self.model, layers, batches, self.residence)
-                if self.kept is not None:
-                    self.kept.keep_sensitivities(found)
-        return found
+        return self._measured(
+            KeptStatistics.sensitivities,
+            lambda: measure_sensitivities(self.model, layers, batches, self.residence),
+            KeptStatistics.keep_sensitivities,
+        )
 
     def _measured_weights(
         self, layers: Sequence[str], batches: Sequence[Mapping[str, Any]]
     ) -> Mapping[str, Sequence[Tensor]]:
-        found: Mapping[str, Sequence[Tensor]] | None
+        return self._measured(
+            KeptStatistics.token_weights,
+            lambda: measure_token_weights(self.model, layers, batches, self.residence),
+            KeptStatistics.keep_token_weights,
+        )
+
+    def _measured(
+        self,
+        known: Callable[[KeptStatistics], Measured | None],
+        measure: Callable[[], Measured],
+        keep: Callable[[KeptStatistics, Measured], None],
+    ) -> Measured:
+        """Return what gradients tell as another run kept it, else measure it and keep it."""
         with self._alone():
-            found = None if self.kept is None else self.kept.token_weights()
+            found = None if self.kept is None else known(self.kept)
             if found is None:
-                found = measure_token_weights(self.model, layers, batches, self.residence)
+                found = measure()
                 if self.kept is not None:
-                    self.kept.keep_token_weights(found)
+                    keep(self.kept, found)
         return found
 
     def _alone(self) -> AbstractContextManager[None]:

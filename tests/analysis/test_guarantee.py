@@ -246,6 +246,13 @@ def test_without_images_on_both_sides_nothing_was_tested(found, pilot, parts):
     assert "were tested" not in told
 
 
+@pytest.mark.parametrize(("pilot", "told"), [(1, "after 1 other said"), (2, "after 2 others said")])
+def test_images_that_say_which_thresholds_to_test_are_counted(found, pilot, told):
+    one = found()
+    one = replace(one, chosen=replace(one.chosen, pilot_images=pilot))
+    assert told in " ".join(guarantee_screen(one).split())
+
+
 def test_without_a_threshold_no_margin_is_chosen(runs, found):
     told = guarantee_screen(found(risk=1e-4, contain=0.9))
     assert "No box is accepted on the images for a margin" in told

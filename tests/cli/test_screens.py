@@ -10,10 +10,12 @@ from helpers import planted_logs, report_study
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lmms_plugin.analysis import logs
 from lmms_plugin.analysis.component_importance import ComponentGrid, ComponentSensitivity, Importance
+from lmms_plugin.analysis.estimator_ranking import RankedEstimator
 from lmms_plugin.cli import printed_tables
 from lmms_plugin.cli.main import main
-from lmms_plugin.cli.screens import analyses_screen, listings
+from lmms_plugin.cli.screens import analyses_screen, listings, metrics_screen
 from lmms_plugin.cli.screens.screen import (
     HEIGHT,
     WIDTH,
@@ -114,6 +116,12 @@ def test_compare_begins_with_the_verdict(printed, runs):
     assert {"McNemar", "Holm", "interaction"} <= set(everything.split())
 
 
+def test_the_margin_of_a_comparison_is_told_whole(printed, runs):
+    lines = expect_screen(printed("compare", runs / "a", runs / "a", *QUICK, "--margin", "0.02"))
+    assert "=: equal within ±0.02." in lines
+    assert any(line.startswith("shapes_rec ") and line.endswith(" =") for line in lines)
+
+
 def test_estimators_begin_with_the_best(printed, runs):
     lines = expect_screen(printed("estimators", runs / "a", *QUICK))
     (found,) = json.loads(printed("estimators", runs / "a", *QUICK, "--json"))
@@ -122,6 +130,48 @@ def test_estimators_begin_with_the_best(printed, runs):
     assert f"On shapes_rec, {best['estimator']} ranks answers best (AURC {best['aurc']:.4f}" in " ".join(lines)
     everything = printed("estimators", runs / "a", *QUICK, "--all")
     assert all(one["estimator"] in everything for one in of_clean)
+
+
+def ranked(estimator, aurc):
+    ends = (0.0, 1.0)
+    return RankedEstimator(
+        task="rec",
+        estimator=estimator,
+        records=8,
+        missing=0,
+        accuracy=0.9,
+        auroc=0.9,
+        aurc=aurc,
+        ece=0.1,
+        auroc_interval=ends,
+        aurc_interval=ends,
+        ece_interval=ends,
+        ece_floor=0.1,
+    )
+
+
+@pytest.mark.parametrize(
+    ("aurcs", "said"),
+    [
+        ({"first": 0.1, "mean": 0.2}, "first ranks answers best (AURC 0.1000, AUROC 0.900), before mean (0.2000)."),
+        ({"first": 0.1, "mean": 0.10001}, "first ranks answers best (AURC 0.1000, AUROC 0.900), as well as mean."),
+        (
+            {"first": 0.1, "joint": 0.1, "mean": 0.1, "min": 0.3},
+            "first ranks answers best (AURC 0.1000, AUROC 0.900), as well as joint and mean, before min (0.3000).",
+        ),
+        (
+            {"first": 0.1, "joint": 0.1, "mean": 0.1, "min": 0.1},
+            "first ranks answers best (AURC 0.1000, AUROC 0.900), as well as 3 others.",
+        ),
+    ],
+    ids=["apart", "alike in print", "three alike", "all alike"],
+)
+def test_an_estimator_that_is_as_good_is_not_called_worse(tmp_path, aurcs, said):
+    planted_logs.write(tmp_path, {"rec": planted_logs.answers(0.9)})
+    run = logs.read_one(tmp_path)
+    judged = [ranked(name, aurc) for name, aurc in aurcs.items()]
+    lines = metrics_screen.estimators_screen([(run, judged)], 0.95).splitlines()
+    assert " ".join(lines[: lines.index("")]) == f"On rec, {said}"
 
 
 @pytest.mark.parametrize("study", ["kv_cache", "components_demo"])
@@ -134,6 +184,12 @@ def test_a_plan_is_its_axes_and_arms(printed, study):
     if study == "components_demo":
         everything = printed("study", "plan", file, "--all")
         assert all(cell["id"] in everything.replace("\n", "") for cell in cells[:3])
+
+
+def test_images_of_a_plan_are_told_where_no_power_says_how_many(printed, tmp_path):
+    file = tmp_path / "study.yaml"
+    file.write_text("models: [demo]\ntasks: [shapes_rec]\nimages: 12\nmethods: [none]\n")
+    assert "images            12 at random" in expect_screen(printed("study", "plan", file))
 
 
 def test_a_misspelt_folder_of_a_plan_is_told(monkeypatch, tmp_path, capsys):

@@ -73,8 +73,19 @@ def test_other_metrics_wait_for_finished_cells(two_tasks):
     assert {one.smallest for one in made.shown if one.metric == "ece"} == {None}
     lines = plan_screen(two_tasks, made).splitlines()
     (row,) = (line.split() for line in lines if line.startswith("refcocoplus_rec_val"))
-    assert row[1:3] == ["100", "717"]
-    assert row[-1] == "unknown"
+    assert row[1:] == ["100", "717", f"{100 * made.largest('acc@0.5'):.1f}"]
+    said = " ".join(lines[: lines.index("")])
+    assert "on every task that has it" in said
+    assert said.endswith("Of ece that is not known before some cells are finished (--output).")
+
+
+def test_tasks_of_which_nothing_is_known_have_no_row():
+    """Those of rejection, without finished cells; the names of the others have room then."""
+    found = planned(STUDIES / "kv_cache.yaml")
+    lines = plan_screen(found, design.told(found)).splitlines()
+    start = next(k for k, line in enumerate(lines) if line.startswith("task ") and line.endswith("acc@0.5"))
+    tasks = [line.split()[0] for line in lines[start + 1 : lines.index("", start)]]
+    assert tasks == ["shapes_rec", "shapes_shift_gaussian_noise_3"]
 
 
 def test_images_of_local_data_are_counted_and_rejections_are_not(tmp_path):

@@ -32,8 +32,9 @@ def comparison_screen(
     level = settings.level
     tables = [table for metric in _SHOWN for table in _table(found, metric, level)]
     notes = labelled(("first:  ", "second: "), labels)
-    within = "" if margin is None else f"; =: equal within {margin:g}"
-    notes.append(f"p: of no difference, by Holm over the groups of tasks of a metric{within}.")
+    notes.append("p: of no difference, by Holm over the groups of tasks of a metric.")
+    if margin is not None:
+        notes.append(f"=: equal within ±{margin:g}.")
     groups = len({(one.group, one.condition) for one in found.groups if one.metric == found.groups[0].metric})
     least = 2 * groups / (settings.resamples + 1)
     if least >= 1 - level:

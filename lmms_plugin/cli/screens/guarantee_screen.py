@@ -17,9 +17,10 @@ def guarantee_screen(found: RunGuarantee) -> str:
     """Return the promise, on how many tasks it is kept and broken, and where."""
     settings = found.settings
     answer = sentences(found)
+    pilot = found.chosen.pilot_images
+    after = f", after {counted(pilot, 'other')} said which to test" if pilot else ""
     notes = wrapped(
-        f"Chosen on {counted(found.chosen.images, 'image')} of {found.task} in {found.run}"
-        f"{f', after {found.chosen.pilot_images} others said which to test' if found.chosen.pilot_images else ''}."
+        f"Chosen on {counted(found.chosen.images, 'image')} of {found.task} in {found.run}{after}."
         f" Bounds hold with {100 * settings.level:g} %. Broken: p by Holm over all tasks."
     )
     if found.margin is not None:

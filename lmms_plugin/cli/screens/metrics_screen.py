@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import takewhile
 from types import MappingProxyType
 
 import numpy as np
@@ -172,8 +173,13 @@ def _best(name: str, ranked: Sequence[tuple[str, list[RankedEstimator]]]) -> lis
     estimator, rows = ranked[0]
     said = f"On {name}, {estimator} ranks answers best (AURC {_mean(rows, 'aurc'):.4f}"
     said += f", AUROC {number(_mean(rows, 'auroc')) or 'undefined'})"
-    if len(ranked) > 1:
-        said += f", before {ranked[1][0]} ({_mean(ranked[1][1], 'aurc'):.4f})"
+    # What the printed digits do not tell apart is not called better.
+    first = f"{_mean(rows, 'aurc'):.4f}"
+    alike = [other for other, of in takewhile(lambda one: f"{_mean(one[1], 'aurc'):.4f}" == first, ranked[1:])]
+    if alike:
+        said += f", as well as {' and '.join(alike) if len(alike) < 3 else counted(len(alike), 'other')}"
+    if beaten := ranked[1 + len(alike) :]:
+        said += f", before {beaten[0][0]} ({_mean(beaten[0][1], 'aurc'):.4f})"
     return [f"{said}."]
 
 

@@ -15,6 +15,7 @@ from lmms_plugin.study.run.planning import Plan, PlannedCell
 from lmms_plugin.study.run.progress import duration
 from lmms_plugin.study.run.reference_design import ReferenceDesign
 from lmms_plugin.study.verdicts.decisions import INTERACTION, UNDER_SHIFT
+from lmms_plugin.utils.image_slices import ImageSlice
 from lmms_plugin.utils.messages import counted
 
 _REST = "Every cell: --all; with commands and keys: --json. Costs: docs/studies.md"
@@ -32,7 +33,7 @@ def plan_screen(found: Plan, made: Design | ReferenceDesign | str | None = None,
         chosen: Whether images and seeds were chosen for it, so that the study file has others.
     """
     answer, notes = [f"{planning.summary(found)}."], [f"study: {found.study.name}"]
-    axes = ScreenTable(("axis", "values"), _axes(found.cells), "line", texts=(1,))
+    axes = ScreenTable(("axis", "values"), _axes(found.cells, images=not isinstance(made, Design)), "line", texts=(1,))
     arms = ScreenTable(("arm", *_STATES, "time left", "MiB"), _arms(found), "arm")
     if isinstance(made, str):
         notes.append(f"power: not told: {made}")
@@ -110,17 +111,21 @@ def _power_of_changes(made: ReferenceDesign) -> str:
     basis = f"{measured} of {len(made.shown)}" if measured else "none"
     if not told:
         return "What changes it finds is not known before some cells are finished (--output)."
-    return (
-        f"It finds changes of {', '.join(told)}, in points, on every task, {100 * POWER:.0f} times in 100"
+    said = (
+        f"It finds changes of {', '.join(told)}, in points, on every task that has it, {100 * POWER:.0f} times in 100"
         f" ({counted(made.tests, 'test')} of a metric by Holm; variances measured: {basis})."
     )
+    unknown = [name for name, value in largest.items() if value is None]
+    if unknown:
+        said += f" Of {', '.join(unknown)} that is not known before some cells are finished (--output)."
+    return said
 
 
 def _changes(made: ReferenceDesign) -> ScreenTable:
-    """Return, for every task, its images and the smallest change of each metric."""
-    names = list(made.question.metrics)
+    """Return, for every task, its images and the smallest change of each metric; without what no task tells."""
+    names = [name for name in made.question.metrics if made.largest(name) is not None]
     rows = []
-    for task in dict.fromkeys(one.task for one in made.shown):
+    for task in dict.fromkeys(one.task for one in made.shown if one.metric in names):
         own = {one.metric: one for one in made.shown if one.task == task}
         counts = next(((one.images, one.documents) for one in own.values() if one.images), (None, None))
         sizes = ("" if count is None else f"{count:,}" for count in counts)
@@ -141,8 +146,8 @@ def _points(share: float) -> str:
 _STATES = ("cells", "done", "failed", "running")
 
 
-def _axes(cells: Sequence[PlannedCell]) -> list[tuple[str, str]]:
-    """Return every axis that has values, with those; tasks are an axis, too."""
+def _axes(cells: Sequence[PlannedCell], *, images: bool) -> list[tuple[str, str]]:
+    """Return every axis that has values, with those; tasks are an axis, too, and on demand images."""
     names = {field.name: _of_axes(field.name) for field in fields(CellAxes)}
     rows = []
     for name, value in names.items():
@@ -154,6 +159,10 @@ def _axes(cells: Sequence[PlannedCell]) -> list[tuple[str, str]]:
     rows.append(("task", _listed(list(tasks))))
     if limits := sorted({one.keyed.cell.limit for one in cells if one.keyed.cell.limit is not None}):
         rows.append(("limit", _listed([str(one) for one in limits])))
+    slices = dict.fromkeys(one.keyed.cell.images for one in cells if one.keyed.cell.images is not None)
+    if images and slices:
+        asked = map(ImageSlice.parse, slices)
+        rows.append(("images", _listed([f"{one.stop - one.start:,} at random" for one in asked])))
     return rows
 
 

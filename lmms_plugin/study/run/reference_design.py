@@ -73,7 +73,7 @@ class ReferenceDesign:
     @property
     def level(self) -> float:
         """Level of one test, so that all of a metric together have that of the study."""
-        return 1.0 - (1.0 - self.question.level) / self.tests
+        return _level(self.question, self.tests)
 
     def largest(self, metric: str) -> float | None:
         """Return the smallest change of a metric that is found on every task whose own is known."""
@@ -134,7 +134,7 @@ def designed(found: Plan, folder: Path | None = None) -> ReferenceDesign:
     )
     if not tests:
         raise ValueError(f"{found.study.file}: expected cells beside the unquantized model, got none")
-    level = 1.0 - (1.0 - question.level) / tests
+    level = _level(question, tests)
     done = [one.keyed.id for one in found.cells if one.state == "done"]
     pilots = measured(folder, done, question) if folder is not None and len(done) > 1 else {}
     shown = []
@@ -144,6 +144,10 @@ def designed(found: Plan, folder: Path | None = None) -> ReferenceDesign:
             known_images, variance = pilots.get((task, name), (images, _stated(name, images)))
             shown.append(_change(task, name, known_images, variance, question, level))
     return ReferenceDesign(question, tests, tuple(shown))
+
+
+def _level(question: AgainstReference, tests: int) -> float:
+    return 1.0 - (1.0 - question.level) / tests
 
 
 def _metrics(cells: Sequence[PlannedCell], question: AgainstReference) -> dict[str, tuple[str, ...]]:
