@@ -12,6 +12,7 @@ from lmms_plugin.analysis.logs import GIT_STATE, git_state, limit_of
 from lmms_plugin.analysis.study_files import CELL, About
 from lmms_plugin.arguments import ModelArguments, arguments_of, shown
 from lmms_plugin.quant_backends import GGUF, SERVED, backend_name, get, model_name, names
+from lmms_plugin.utils.image_slices import ImageSlice
 from lmms_plugin.utils.reading import accounts
 
 DENSE_BITS = 16
@@ -153,7 +154,7 @@ def of(file: Path, root: Path, results: Mapping[str, Any]) -> RunAxes:
     checkpoint = str(cell_args.get("pretrained") or own.model)
     ready = cell.get("model") == _READY
     if cell.get("images") is not None:
-        own = own._replace(options=(*own.options, f"images={cell['images']}"))
+        own = own._replace(options=(*own.options, ImageSlice.parse(cell["images"]).label))
     return RunAxes(_limited(own, limit), checkpoint, ready, axes.get("seed"), name, folder, command, versions)
 
 

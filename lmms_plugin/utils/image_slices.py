@@ -52,6 +52,12 @@ class ImageSlice(NamedTuple):
             )
         return made
 
+    @property
+    def label(self) -> str:
+        """What a report calls it: `images=30`, or `images=30-60` of a later stage; seeds other than 0 are named."""
+        places = f"{self.start}-{self.stop}" if self.start else f"{self.stop}"
+        return f"images={places}" + (f" (seed {self.seed})" if self.seed else "")
+
     def of(self, images: Iterable[str]) -> frozenset[str]:
         """Return the images of the slice, given the ids of all images of the dataset, in any order."""
         placed = sorted((uniform(f"{self.seed}:{image}"), image) for image in set(images))

@@ -259,6 +259,7 @@ def test_what_arguments_alone_say_is_refused_before_torch_is_imported(tmp_path):
         "quantize --output out pretrained=demo,bits=4 --format gguf": "bits has no effect",
         "inspect pretrained=demo,method=rtn,bits=9": "bits must be",
         "study plan nofile.yaml": "there is no file nofile.yaml",
+        "study plan .": "expected a YAML file, got the folder .",
         "study run nofile.yaml --output out": "there is no file nofile.yaml",
         "study analyse . --file nofile.yaml": "there is no file nofile.yaml",
         "metrics . --estimator joind": "did you mean 'joint'?",

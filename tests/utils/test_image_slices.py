@@ -47,6 +47,14 @@ def test_slow_growth_never_stands_still():
     assert stages(6, 1, 1.01) == (1, 2, 3, 4, 5, 6)
 
 
+@pytest.mark.parametrize(
+    ("part", "label"),
+    [((0, 0, 12), "images=12"), ((0, 30, 60), "images=30-60"), ((3, 0, 12), "images=12 (seed 3)")],
+)
+def test_a_report_names_places_not_syntax(part, label):
+    assert ImageSlice(*part).label == label
+
+
 def test_what_is_written_is_read_again():
     part = ImageSlice(5, 30, 60)
     assert ImageSlice.parse(str(part)) == part

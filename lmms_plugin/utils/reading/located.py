@@ -130,9 +130,12 @@ def load(file: Path) -> Entry:
 
     Raises:
         FileNotFoundError: The file does not exist.
+        IsADirectoryError: It is a folder.
         ValueError: The file is empty, too large, not YAML or not UTF-8, a name occurs twice, or a value does not fit
             its type; says where.
     """
+    if file.is_dir():
+        raise IsADirectoryError(f"expected a YAML file, got the folder {file}")
     if not file.is_file():
         raise FileNotFoundError(f"there is no file {file}")
     if file.stat().st_size > MOST_BYTES:
