@@ -109,33 +109,6 @@ def confidence_sequence(
     return Interval(low, high)
 
 
-def images_to_decide(
-    difference: float, variance: float, size: float, *, bound: float, largest: int, level: float = 0.95
-) -> float:
-    """Return about how many images it takes until the confidence sequence excludes 0.
-
-    A bet λ gains λμ − λ²(σ² + μ²) ÷ 2 an image in the logarithm of its capital, for a sum of mean μ and variance σ².
-    The best bet has to reach log(2 ÷ (1 − level)), and the price of not having known it.
-
-    Args:
-        difference: True difference per document; for equivalence, its distance to the margin.
-        variance: Variance over images of the sum of differences of an image.
-        size: Mean number of documents of an image.
-        bound: As for `confidence_sequence`.
-        largest: As for `confidence_sequence`.
-        level: As for `confidence_sequence`.
-
-    Returns:
-        Number of images; infinite where no bet gains.
-    """
-    mean = abs(difference) * size
-    bets = BETS / (bound * largest)
-    gain = float((bets * mean - bets**2 * (variance + mean**2) / 2.0).max())
-    # Three neighbouring bets of the grid gain about as much as the best one.
-    price = math.log(2.0 / (1.0 - level)) + math.log(BETS.size / 3.0)
-    return price / gain if gain > 0.0 else math.inf
-
-
 def _checked(sums: npt.ArrayLike, sizes: npt.ArrayLike, bound: float, largest: int) -> tuple[Floats, Floats]:
     values, counts = np.asarray(sums, dtype=np.float64), np.asarray(sizes, dtype=np.float64)
     if values.ndim != 1 or values.shape != counts.shape:

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from lmms_plugin.metrics.confidence_sequences import BETS, confidence_sequence, images_to_decide, log_capital
+from lmms_plugin.metrics.confidence_sequences import BETS, confidence_sequence, log_capital
 
 LOOKS = (5, 10, 20, 30, 50, 75, 100, 150, 225, 340, 450, 600)
 LARGEST = 12
@@ -106,24 +106,3 @@ def test_ordinary_intervals_at_every_look_miss_more_often_than_they_say():
         seen = [sums[:look] for look in LOOKS if look >= 30]
         missed += any(abs(one.mean()) > 1.645 * one.std(ddof=1) / math.sqrt(one.size) for one in seen)
     assert missed > 100
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("difference", [0.03, 0.08])
-def test_number_of_images_is_foreseen(difference):
-    random = np.random.default_rng(6)
-    many, sizes = images(random, 200_000, difference)
-    expected = images_to_decide(
-        difference, float(many.var()), float(sizes.mean()), bound=1.0, largest=LARGEST, level=0.9
-    )
-    needed = []
-    for _ in range(60):
-        sums, counts = images(random, 4000, difference)
-        decided = [
-            look
-            for look in range(20, 4001, 20)
-            if log_capital(sums[:look], counts[:look], 0.0, bound=1.0, largest=LARGEST, above=True) > math.log(20.0)
-        ]
-        needed.append(decided[0] if decided else 4000)
-    assert expected / 1.6 < np.median(needed) < expected * 1.6
-    assert images_to_decide(0.0, 1.0, 3.0, bound=1.0, largest=LARGEST) == math.inf
