@@ -18,7 +18,7 @@ import numpy as np
 from bench.reporting import markdown
 from lmms_plugin.analysis.findings import EQUIVALENT, OPEN, SHOWN
 from lmms_plugin.metrics._inputs import Floats
-from lmms_plugin.study.verdicts.boundaries import ANY_TIME, PLANNED, AnyTime, Evidence, Planned, Rule
+from lmms_plugin.study.verdicts.boundaries import ANY_TIME, PLANNED, AnyTime, ComparisonEvidence, Planned, StoppingRule
 from lmms_plugin.study.verdicts.decisions import UNDER_SHIFT
 from lmms_plugin.study.verdicts.pilot import CORRELATION, VARIANCES
 from lmms_plugin.study.verdicts.stages import first_stage
@@ -38,17 +38,17 @@ def drawn(random: np.random.Generator, images: int, truth: float) -> tuple[Float
     return 2.0 * random.binomial(changed, 0.5 + truth / flipped / 2.0) - changed, sizes.astype(np.float64)
 
 
-def followed(rule: Rule, stages: tuple[int, ...], sums: Floats, sizes: Floats, tests: int) -> tuple[str, int]:
+def followed(rule: StoppingRule, stages: tuple[int, ...], sums: Floats, sizes: Floats, tests: int) -> tuple[str, int]:
     """Return the finding of a comparison and the images it took."""
     for stage, images in enumerate(stages):
-        known = Evidence(sums[:images], sizes[:images], None, 1.0, FAMILY)
+        known = ComparisonEvidence(sums[:images], sizes[:images], None, 1.0, FAMILY)
         finding = rule.judge(stage, {"it": known}, {FAMILY: tests})["it"].finding
         if finding != OPEN:
             return finding, images
     return OPEN, stages[-1]
 
 
-def rules(images: int, margin: float, tests: int) -> Mapping[str, tuple[Rule, tuple[int, ...]]]:
+def rules(images: int, margin: float, tests: int) -> Mapping[str, tuple[StoppingRule, tuple[int, ...]]]:
     """Return the rules that are compared, with their stages."""
     stages, often = (image_slices.stages(images, first_stage(images, name)) for name in (PLANNED, ANY_TIME))
     return {

@@ -1,14 +1,19 @@
 """The commands `lmms-plugin study plan`, `run` and `analyse`."""
 
+from __future__ import annotations
+
 from json import dumps
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lmms_plugin.cli.terminal import Working, console
 from lmms_plugin.utils.outputs import expect_file, expect_folder
 from lmms_plugin.utils.reading.located import load
+
+if TYPE_CHECKING:
+    from lmms_plugin.study.run.execution import Finished
 
 app = typer.Typer(no_args_is_help=True, help="A grid of models, methods and tasks: plan it, run it.")
 StudyFile = Annotated[Path, typer.Argument(metavar="FILE", help="Study file (docs/studies.md).")]
@@ -112,9 +117,8 @@ def run_study(
     for name, value in (("--first-images", first_images), ("--boundaries", boundaries)):
         if value is not None and not until_decided:
             raise ValueError(f"{name}: expected --until-decided, which alone has stages")
-    from lmms_plugin.analysis.study_files import FAILURES, LOG
     from lmms_plugin.cli.study_display import Display
-    from lmms_plugin.study.run import execution, planning
+    from lmms_plugin.study.run import execution
     from lmms_plugin.study.run import until_decided as in_stages
 
     with Working("planning") as start:
@@ -128,11 +132,19 @@ def run_study(
             finished = in_stages.run(file, work, first=first_images, boundaries=boundaries)
         else:
             finished = execution.run(file, work)
+    _tell(finished, output, in_stages=until_decided)
+
+
+def _tell(finished: Finished, output: Path, *, in_stages: bool) -> None:
+    """Print what a run of a study came to; the exit status is 1 while cells are missing."""
+    from lmms_plugin.analysis.study_files import FAILURES, LOG
+    from lmms_plugin.study.run import planning
+
     typer.echo(planning.summary(finished.plan))
     for cell, problem in finished.problems.items():
         typer.echo(f"failed: {cell}: {' '.join(problem.split())} (its log: {output / FAILURES / cell / LOG})", err=True)
     if not finished.complete:
-        if until_decided:
+        if in_stages:
             typer.echo("Not decided: cells of the last stage are missing; the same command goes on with them", err=True)
         elif finished.plan.study.analysis is not None:
             typer.echo(planning.without_analysis(finished.plan, output), err=True)

@@ -95,7 +95,7 @@ class _Paths(NamedTuple):
         return _Paths(reached, density * areas * half)
 
 
-class Estimate(NamedTuple):
+class DifferenceEstimate(NamedTuple):
     """Difference of two arms on the images so far.
 
     Attributes:
@@ -119,8 +119,8 @@ class Estimate(NamedTuple):
     typical: float
 
     @classmethod
-    def of(cls, sums: npt.ArrayLike, sizes: npt.ArrayLike, by_seed: npt.ArrayLike | None = None) -> Estimate:
-        """Estimate a difference, its error over images, and over calibration seeds.
+    def of(cls, sums: npt.ArrayLike, sizes: npt.ArrayLike, by_seed: npt.ArrayLike | None = None) -> DifferenceEstimate:
+        """DifferenceEstimate a difference, its error over images, and over calibration seeds.
 
         A tie on every image so far does not mean that there is no difference. So the variance is that of the data and
         one more document that flipped, as Agresti and Min (Statistics in Medicine 2005) add to matched pairs.

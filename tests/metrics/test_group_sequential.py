@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import binom, norm
 from scipy.stats import t as student
 
-from lmms_plugin.metrics.group_sequential import Estimate, boundaries, spent
+from lmms_plugin.metrics.group_sequential import DifferenceEstimate, boundaries, spent
 from lmms_plugin.metrics.power import measured_variance
 
 
@@ -64,7 +64,7 @@ def test_an_estimate_adds_a_flipped_document_to_the_variance_of_the_images():
     """Each image has a mirror image, so that nothing is skewed."""
     sizes = np.tile(np.arange(1.0, 6.0), 16)
     sums = np.where(np.arange(80) < 40, 1.0, -1.0) * np.minimum(sizes, 2.0)
-    found = Estimate.of(sums, sizes)
+    found = DifferenceEstimate.of(sums, sizes)
     error = math.sqrt(measured_variance(sums, sizes) / 80 + 1.0 / sizes.sum() ** 2)
     assert (found.value, found.error, found.freedom, found.skewness) == pytest.approx((0.0, error, 79, 0.0))
     assert found.p_difference() == 1.0
@@ -82,7 +82,7 @@ def test_p_values_of_skewed_data_hold_on_either_side():
     random, images = np.random.default_rng(4), 600
     above, below, plain = 0, 0, 0
     for _ in range(2000):
-        found = Estimate.of(*skewed(random, images))
+        found = DifferenceEstimate.of(*skewed(random, images))
         low, high = found.interval(0.9)
         above, below = above + (low > 1 / 30), below + (high < 1 / 30)
         plain += found.value + student.isf(0.05, found.freedom) * found.error < 1 / 30
@@ -92,7 +92,7 @@ def test_p_values_of_skewed_data_hold_on_either_side():
 
 
 def test_ends_of_an_interval_are_where_its_p_values_are():
-    found = Estimate.of(*skewed(np.random.default_rng(5), 900))
+    found = DifferenceEstimate.of(*skewed(np.random.default_rng(5), 900))
     low, high = found.interval(0.9)
     assert found._replace(value=found.value - low).p_difference() == pytest.approx(0.1)
     assert found._replace(value=found.value - high).p_difference() == pytest.approx(0.1)
@@ -104,7 +104,10 @@ def test_calibration_seeds_add_their_variance_and_their_degrees_of_freedom():
     random = np.random.default_rng(3)
     sizes = np.full(100, 4.0)
     by_seed = random.integers(-1, 2, size=(3, 100)) + np.array([[0.0], [0.6], [1.2]])
-    found, without = Estimate.of(by_seed.mean(axis=0), sizes, by_seed), Estimate.of(by_seed.mean(axis=0), sizes)
+    found, without = (
+        DifferenceEstimate.of(by_seed.mean(axis=0), sizes, by_seed),
+        DifferenceEstimate.of(by_seed.mean(axis=0), sizes),
+    )
     seeds = (by_seed.sum(axis=1) / 400).var(ddof=1) / 3
     assert found.error == pytest.approx(math.sqrt(without.error**2 + seeds))
     total = without.error**2 + seeds
@@ -116,18 +119,18 @@ def test_calibration_seeds_add_their_variance_and_their_degrees_of_freedom():
 def test_ties_on_few_images_show_no_equality():
     """Without any difference among 30 images a whole image of a hundred may still differ: 0.96^30 is no proof."""
     sizes = np.full(30, 5.0)
-    none = Estimate.of(np.zeros(30), sizes)
+    none = DifferenceEstimate.of(np.zeros(30), sizes)
     assert (none.differing, none.typical) == (0, 0.5)
     assert none.p_equivalence(0.02) == pytest.approx(binom.cdf(0, 30, 0.04))
     assert none.p_difference() == 1.0
-    assert Estimate.of(np.zeros(600), np.full(600, 5.0)).p_equivalence(0.02) < 1e-8
+    assert DifferenceEstimate.of(np.zeros(600), np.full(600, 5.0)).p_equivalence(0.02) < 1e-8
 
 
 def test_few_images_that_differ_are_tested_by_all_of_their_signs():
     """Three images that all agree have a p of 2 ÷ 2³ at least, however small the error of their difference."""
     sums = np.zeros(50)
     sums[:3] = 2.0
-    assert Estimate.of(sums, np.full(50, 2.0)).p_difference() == 0.25
+    assert DifferenceEstimate.of(sums, np.full(50, 2.0)).p_difference() == 0.25
 
 
 def test_a_first_look_at_hardly_any_image_rejects_nothing_and_costs_nothing():
@@ -138,7 +141,7 @@ def test_a_first_look_at_hardly_any_image_rejects_nothing_and_costs_nothing():
 
 @pytest.mark.parametrize("value", [0.0, 0.01, -0.01])
 def test_p_values_are_probabilities(value):
-    estimate = Estimate(value, 0.1, 20.0, 1.5, 0.0, 50, 20, 0.1)
+    estimate = DifferenceEstimate(value, 0.1, 20.0, 1.5, 0.0, 50, 20, 0.1)
     assert 0.0 <= estimate.p_difference() <= 1.0
     assert estimate._replace(skewness=-1.5).p_difference() <= 1.0
 

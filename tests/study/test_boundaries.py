@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lmms_plugin.analysis.findings import EQUIVALENT, OPEN, REVERSE, SHOWN
-from lmms_plugin.study.verdicts.boundaries import AnyTime, Evidence, Planned
+from lmms_plugin.study.verdicts.boundaries import AnyTime, ComparisonEvidence, Planned
 from lmms_plugin.study.verdicts.decisions import INTERACTION, UNDER_SHIFT
 
 LARGEST, MARGIN, LEVEL = 12, 0.05, 0.95
@@ -32,7 +32,9 @@ def evidence(random, images, truth, seeds=0, between=0.0):
             sums = differences(random, sizes, truth + np.clip(random.normal(0.0, between), -0.1, 0.1))
             drawn.append(sums - differences(random, sizes, 0.0) if asked == INTERACTION else sums)
         by_seed = np.stack(drawn)
-        found[number] = Evidence(by_seed.mean(axis=0), sizes * 1.0, by_seed if seeds else None, bound, ("m", asked))
+        found[number] = ComparisonEvidence(
+            by_seed.mean(axis=0), sizes * 1.0, by_seed if seeds else None, bound, ("m", asked)
+        )
     return found
 
 
@@ -126,7 +128,7 @@ def test_planned_stages_find_on_half_of_the_images_what_sequences_at_any_time_le
 
 
 def test_a_single_image_shows_nothing():
-    known = Evidence(np.ones(1), np.ones(1), None, 1.0, ("m", UNDER_SHIFT))
+    known = ComparisonEvidence(np.ones(1), np.ones(1), None, 1.0, ("m", UNDER_SHIFT))
     judged = Planned(LEVEL, MARGIN, (1, 2, 4)).judge(0, {0: known}, {known.family: 1})
     assert judged[0] == (OPEN, (-1.0, 1.0))
 
@@ -137,7 +139,9 @@ def test_an_error_that_a_finding_has_not_used_passes_to_the_others():
     strong, weak = np.ones(200), np.zeros(200)
     weak[:24] = np.where(np.arange(24) < 17, 1.0, -1.0)
     family = ("m", UNDER_SHIFT)
-    known = {name: Evidence(sums, np.ones(200), None, 1.0, family) for name, sums in (("a", strong), ("b", weak))}
+    known = {
+        name: ComparisonEvidence(sums, np.ones(200), None, 1.0, family) for name, sums in (("a", strong), ("b", weak))
+    }
     alone = {"b": known["b"]}
     assert rule.judge(0, known, {family: 2})["b"].finding == SHOWN
     assert rule.judge(0, alone, {family: 1})["b"].finding == SHOWN

@@ -19,7 +19,7 @@ from lmms_plugin.analysis.findings import EQUIVALENT, OPEN, REVERSE, SHOWN
 from lmms_plugin.metrics._inputs import Floats
 from lmms_plugin.metrics.bootstrap import Interval
 from lmms_plugin.metrics.confidence_sequences import confidence_sequence, log_capital
-from lmms_plugin.metrics.group_sequential import Estimate, boundaries
+from lmms_plugin.metrics.group_sequential import DifferenceEstimate, boundaries
 
 PLANNED, ANY_TIME = "planned", "any-time"
 RULES = (PLANNED, ANY_TIME)
@@ -30,7 +30,7 @@ Family = tuple[str, str]
 """Model and question: what the tests of the whole analysis are adjusted over."""
 
 
-class Evidence(NamedTuple):
+class ComparisonEvidence(NamedTuple):
     """What is known of a comparison.
 
     Attributes:
@@ -60,11 +60,11 @@ class Judgement(NamedTuple):
     interval: Interval
 
 
-class Rule(Protocol):
+class StoppingRule(Protocol):
     """Rule of a study in stages."""
 
     def judge(
-        self, stage: int, found: Mapping[Compared, Evidence], unshown: Mapping[Family, int]
+        self, stage: int, found: Mapping[Compared, ComparisonEvidence], unshown: Mapping[Family, int]
     ) -> dict[Compared, Judgement]:
         """Judge the comparisons that are open after a stage.
 
@@ -98,10 +98,10 @@ class Planned:
     images: tuple[int, ...]
 
     def judge(
-        self, stage: int, found: Mapping[Compared, Evidence], unshown: Mapping[Family, int]
+        self, stage: int, found: Mapping[Compared, ComparisonEvidence], unshown: Mapping[Family, int]
     ) -> dict[Compared, Judgement]:
-        """Judge the comparisons that are open after a stage; arguments as of `Rule`."""
-        estimates = {one: Estimate.of(known.sums, known.sizes, known.by_seed) for one, known in found.items()}
+        """Judge the comparisons that are open after a stage; arguments as of `StoppingRule`."""
+        estimates = {one: DifferenceEstimate.of(known.sums, known.sizes, known.by_seed) for one, known in found.items()}
         error, shown = 1.0 - self.level, set[Compared]()
         for family, tests in unshown.items():
             ranked = sorted(
@@ -138,7 +138,7 @@ def _within(interval: Interval, bound: float) -> Interval:
     return Interval(max(-bound, interval.low), min(bound, interval.high))
 
 
-def _direction(estimate: Estimate, shown: bool) -> str:
+def _direction(estimate: DifferenceEstimate, shown: bool) -> str:
     return OPEN if not shown else SHOWN if estimate.value > 0.0 else REVERSE
 
 
@@ -167,17 +167,17 @@ class AnyTime:
         return 1.0 - (1.0 - self.level) / self.comparisons
 
     def judge(
-        self, stage: int, found: Mapping[Compared, Evidence], unshown: Mapping[Family, int]
+        self, stage: int, found: Mapping[Compared, ComparisonEvidence], unshown: Mapping[Family, int]
     ) -> dict[Compared, Judgement]:
-        """Judge the comparisons that are open after a stage; arguments as of `Rule`."""
+        """Judge the comparisons that are open after a stage; arguments as of `StoppingRule`."""
         return {one: Judgement(self.finding(known), self._interval(known)) for one, known in found.items()}
 
-    def _interval(self, known: Evidence) -> Interval:
+    def _interval(self, known: ComparisonEvidence) -> Interval:
         return confidence_sequence(
             known.sums, known.sizes, bound=known.bound, largest=self.largest, level=self.level_of_each
         )
 
-    def finding(self, known: Evidence) -> str:
+    def finding(self, known: ComparisonEvidence) -> str:
         """Return what a confidence sequence shows, as in `lmms_plugin.analysis.findings`.
 
         A difference within the margin is too small to count, as in every analysis of a study. The ends of the sequence

@@ -19,7 +19,7 @@ from lmms_plugin.metrics.bootstrap import Interval
 from lmms_plugin.study.file.analyses import MethodByShift
 from lmms_plugin.study.file.grid import CellAxes
 from lmms_plugin.study.verdicts.arms import FinishedCell, Placed, by_seed, one_reference, select
-from lmms_plugin.study.verdicts.boundaries import Evidence, Family, Judgement, Rule
+from lmms_plugin.study.verdicts.boundaries import ComparisonEvidence, Family, Judgement, StoppingRule
 from lmms_plugin.study.verdicts.contrasts import BROKEN, arm_cells, shared_bits
 
 Floats = npt.NDArray[np.float64]
@@ -128,14 +128,14 @@ class Decisions:
     """
 
     question: MethodByShift
-    rule: Rule
+    rule: StoppingRule
     members: Mapping[ArmComparison, ComparedCells]
     found: dict[ArmComparison, Decision] = field(default_factory=dict)
     _seen: dict[CellAxes, list[StageAnswers]] = field(default_factory=dict)
 
     @classmethod
     def of(
-        cls, question: MethodByShift, cells: Sequence[Placed], rule: Callable[[MethodByShift, int], Rule]
+        cls, question: MethodByShift, cells: Sequence[Placed], rule: Callable[[MethodByShift, int], StoppingRule]
     ) -> Decisions:
         """Return the comparisons that cells allow, of which nothing is known yet.
 
@@ -178,14 +178,14 @@ class Decisions:
         judged = self.rule.judge(stage, evidence, unshown)
         self.found |= {one: self._decision(one, evidence[one], judged[one], whole) for one in evidence}
 
-    def _evidence(self, one: ArmComparison, answers: Mapping[CellAxes, StageAnswers]) -> Evidence:
+    def _evidence(self, one: ArmComparison, answers: Mapping[CellAxes, StageAnswers]) -> ComparisonEvidence:
         cells = self.members[one]
         sums = differences(one.asked, right_answers(self.question, cells.first, cells.second, answers))
         by_seed = differences_by_seed(one.asked, self.question, cells.first, cells.second, answers)
-        return Evidence(sums, answers[cells.reference].sizes, by_seed, BOUNDS[one.asked], _family(one))
+        return ComparisonEvidence(sums, answers[cells.reference].sizes, by_seed, BOUNDS[one.asked], _family(one))
 
     def _decision(
-        self, one: ArmComparison, known: Evidence, judged: Judgement, answers: Mapping[CellAxes, StageAnswers]
+        self, one: ArmComparison, known: ComparisonEvidence, judged: Judgement, answers: Mapping[CellAxes, StageAnswers]
     ) -> Decision:
         cells, clean = self.members[one], self.question.clean
         right = right_answers(self.question, cells.first, cells.second, answers)

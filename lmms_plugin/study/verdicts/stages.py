@@ -12,7 +12,7 @@ from lmms_plugin.analysis.study_files import STAGES, StagesAccount
 from lmms_plugin.study.file.analyses import MethodByShift
 from lmms_plugin.study.file.grid import Cell, CellAxes
 from lmms_plugin.study.verdicts.arms import FinishedCell, Placed, read_cells
-from lmms_plugin.study.verdicts.boundaries import ANY_TIME, PLANNED, AnyTime, Planned, Rule
+from lmms_plugin.study.verdicts.boundaries import ANY_TIME, PLANNED, AnyTime, Planned, StoppingRule
 from lmms_plugin.study.verdicts.decisions import Decisions, StageAnswers, answers_of
 from lmms_plugin.utils import image_slices
 from lmms_plugin.utils.files import write_json
@@ -85,7 +85,7 @@ class ImageStages(NamedTuple):
         """Write the stages into a study's folder."""
         write_json(study / STAGES, self._asdict())
 
-    def rule(self, question: MethodByShift, comparisons: int) -> Rule:
+    def rule(self, question: MethodByShift, comparisons: int) -> StoppingRule:
         """Return the rule that settles the comparisons of a question."""
         if self.boundaries == ANY_TIME:
             return AnyTime(question.level, question.margin, comparisons, self.largest)
