@@ -41,7 +41,7 @@ def drawn(random: np.random.Generator, images: int, truth: float) -> tuple[Float
 def followed(rule: StoppingRule, stages: tuple[int, ...], sums: Floats, sizes: Floats, tests: int) -> tuple[str, int]:
     """Return the finding of a comparison and the images it took."""
     for stage, images in enumerate(stages):
-        known = ComparisonEvidence(sums[:images], sizes[:images], None, 1.0, FAMILY)
+        known = ComparisonEvidence(sums[:images], sizes[:images], (), 1.0, FAMILY)
         finding = rule.judge(stage, {"it": known}, {FAMILY: tests})["it"].finding
         if finding != OPEN:
             return finding, images

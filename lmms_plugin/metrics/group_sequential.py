@@ -14,6 +14,7 @@ limit theorem, as every interval of a study of fixed size does, and the looks ha
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -119,7 +120,7 @@ class DifferenceEstimate(NamedTuple):
     typical: float
 
     @classmethod
-    def of(cls, sums: npt.ArrayLike, sizes: npt.ArrayLike, by_seed: npt.ArrayLike | None = None) -> DifferenceEstimate:
+    def of(cls, sums: npt.ArrayLike, sizes: npt.ArrayLike, by_seed: Sequence[Floats] = ()) -> DifferenceEstimate:
         """DifferenceEstimate a difference, its error over images, and over calibration seeds.
 
         A tie on every image so far does not mean that there is no difference. So the variance is that of the data and
@@ -128,8 +129,8 @@ class DifferenceEstimate(NamedTuple):
         Args:
             sums: Sum of the documents' differences of each image, shape (images,).
             sizes: Number of documents of each image, shape (images,).
-            by_seed: The same sums with each calibration seed, shape (seeds, images); None where there is one seed:
-                then nothing is said about others.
+            by_seed: What each source of calibration data adds to the sums with each of its seeds, each of shape (seeds,
+                images). Sources vary apart from each other; with one seed of each nothing is said about others.
 
         Returns:
             The estimate; of a single image, one with an infinite error.
@@ -143,11 +144,11 @@ class DifferenceEstimate(NamedTuple):
             return cls(float(values[0] / documents), math.inf, 1.0, 0.0, 1.0, 1, 1, 1.0)
         of_images = measured_variance(values, counts) / values.size + 1.0 / documents**2
         parts = [(of_images, values.size - 1)]
-        if by_seed is not None:
+        for drawn in by_seed:
             # What chance in the images adds to it counts twice, as where images and seeds are resampled: subtracting it
             # leaves too little where there are two or three seeds.
-            by_seed_alone = np.asarray(by_seed, dtype=np.float64).sum(axis=1) / documents
-            parts.append((float(by_seed_alone.var(ddof=1)) / by_seed_alone.size, by_seed_alone.size - 1))
+            means = drawn.sum(axis=1) / documents
+            parts.append((float(means.var(ddof=1)) / means.size, means.size - 1))
         variance = sum(part for part, _ in parts)
         # Welch and Satterthwaite: degrees of freedom of a sum of variances.
         freedom = variance**2 / sum(part**2 / own for part, own in parts)

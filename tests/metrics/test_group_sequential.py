@@ -105,7 +105,7 @@ def test_calibration_seeds_add_their_variance_and_their_degrees_of_freedom():
     sizes = np.full(100, 4.0)
     by_seed = random.integers(-1, 2, size=(3, 100)) + np.array([[0.0], [0.6], [1.2]])
     found, without = (
-        DifferenceEstimate.of(by_seed.mean(axis=0), sizes, by_seed),
+        DifferenceEstimate.of(by_seed.mean(axis=0), sizes, [by_seed]),
         DifferenceEstimate.of(by_seed.mean(axis=0), sizes),
     )
     seeds = (by_seed.sum(axis=1) / 400).var(ddof=1) / 3
@@ -114,6 +114,17 @@ def test_calibration_seeds_add_their_variance_and_their_degrees_of_freedom():
     assert found.freedom == pytest.approx(total**2 / (without.error**4 / 99 + seeds**2 / 2))
     assert found.freedom < 4
     assert found.p_difference() > without.p_difference()
+
+
+def test_sources_of_calibration_data_vary_apart_from_each_other():
+    """Two sources whose seeds deviate in opposite directions do not cancel."""
+    random, sizes = np.random.default_rng(8), np.full(50, 4.0)
+    first = random.integers(0, 3, size=(3, 50)) * 1.0
+    second = -first[::-1]
+    both = DifferenceEstimate.of(np.zeros(50), sizes, [first, second])
+    none = DifferenceEstimate.of(np.zeros(50), sizes)
+    each = (first.sum(axis=1) / 200).var(ddof=1) / 3
+    assert both.error**2 - none.error**2 == pytest.approx(2 * each)
 
 
 def test_ties_on_few_images_show_no_equality():

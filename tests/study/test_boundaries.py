@@ -33,13 +33,13 @@ def evidence(random, images, truth, seeds=0, between=0.0):
             drawn.append(sums - differences(random, sizes, 0.0) if asked == INTERACTION else sums)
         by_seed = np.stack(drawn)
         found[number] = ComparisonEvidence(
-            by_seed.mean(axis=0), sizes * 1.0, by_seed if seeds else None, bound, ("m", asked)
+            by_seed.mean(axis=0), sizes * 1.0, (by_seed,) if seeds else (), bound, ("m", asked)
         )
     return found
 
 
 def until(known, images):
-    by_seed = None if known.by_seed is None else known.by_seed[:, :images]
+    by_seed = tuple(drawn[:, :images] for drawn in known.by_seed)
     return known._replace(sums=known.sums[:images], sizes=known.sizes[:images], by_seed=by_seed)
 
 
@@ -128,7 +128,7 @@ def test_planned_stages_find_on_half_of_the_images_what_sequences_at_any_time_le
 
 
 def test_a_single_image_shows_nothing():
-    known = ComparisonEvidence(np.ones(1), np.ones(1), None, 1.0, ("m", UNDER_SHIFT))
+    known = ComparisonEvidence(np.ones(1), np.ones(1), (), 1.0, ("m", UNDER_SHIFT))
     judged = Planned(LEVEL, MARGIN, (1, 2, 4)).judge(0, {0: known}, {known.family: 1})
     assert judged[0] == (OPEN, (-1.0, 1.0))
 
@@ -140,7 +140,7 @@ def test_an_error_that_a_finding_has_not_used_passes_to_the_others():
     weak[:24] = np.where(np.arange(24) < 17, 1.0, -1.0)
     family = ("m", UNDER_SHIFT)
     known = {
-        name: ComparisonEvidence(sums, np.ones(200), None, 1.0, family) for name, sums in (("a", strong), ("b", weak))
+        name: ComparisonEvidence(sums, np.ones(200), (), 1.0, family) for name, sums in (("a", strong), ("b", weak))
     }
     alone = {"b": known["b"]}
     assert rule.judge(0, known, {family: 2})["b"].finding == SHOWN

@@ -31,6 +31,9 @@ from lmms_plugin.study.verdicts.decisions import (
     ArmComparison,
     Decisions,
     StageAnswers,
+    differences,
+    differences_by_seed,
+    right_answers,
 )
 from lmms_plugin.study.verdicts.stages import ImageStages, follow
 from lmms_plugin.utils.image_slices import ImageSlice
@@ -124,6 +127,35 @@ def test_arms_are_means_over_tasks_seeds_and_methods():
     assert under.difference == pytest.approx(shifted / 10)
     assert inter.difference == pytest.approx((shifted - (4.0 - 4.0)) / 10)
     assert under.broken == ()
+
+
+def test_seeds_of_a_source_go_together_and_sources_apart():
+    """Two methods of the first arm calibrate with the same data, the second arm with others; one has a single seed."""
+    random = np.random.default_rng(4)
+    own = {
+        CellAxes("demo", method, 4, None, None, source, seed): StageAnswers(
+            np.full(20, 3.0), {task: random.integers(0, 4, size=20) * 1.0 for task in (CLEAN, *SHIFTED)}
+        )
+        for method, source, seeds in (("awq", "self", 2), ("mbq", "self", 2), ("gptq", "demo", 3), ("rtn", None, 1))
+        for seed in range(seeds)
+    }
+    groups = {name: tuple(one for one in own if one.method == name) for name in ("awq", "mbq", "gptq", "rtn")}
+    first, second = (groups["awq"], groups["mbq"]), (groups["gptq"], groups["rtn"])
+    question = parse(MethodByShift, ASKED)
+    together, apart = differences_by_seed(UNDER_SHIFT, question, first, second, own)
+
+    def shifted(one):
+        return (own[one].right[SHIFTED[0]] + own[one].right[SHIFTED[1]]) / 2
+
+    assert together == pytest.approx(
+        np.stack([(shifted(a) + shifted(b)) / 2 for a, b in zip(groups["awq"], groups["mbq"], strict=True)])
+    )
+    assert apart == pytest.approx(np.stack([-shifted(one) / 2 for one in groups["gptq"]]))
+    # What seeds add on average is the difference, less what arms without seeds add.
+    whole = differences(UNDER_SHIFT, right_answers(question, first, second, own))
+    assert together.mean(axis=0) + apart.mean(axis=0) - shifted(groups["rtn"][0]) / 2 == pytest.approx(whole)
+    both = differences_by_seed(INTERACTION, question, first, second, own)
+    assert both[1] == pytest.approx(apart - np.stack([-own[one].right[CLEAN] / 2 for one in groups["gptq"]]))
 
 
 def test_robustness_of_a_broken_arm_is_not_waited_for():

@@ -36,14 +36,15 @@ class ComparisonEvidence(NamedTuple):
     Attributes:
         sums: Sum of the documents' differences of each image, shape (images,).
         sizes: Number of documents of each image, shape (images,).
-        by_seed: Sums with each calibration seed, shape (seeds, images); None where there is one seed.
+        by_seed: What each source of calibration data adds to the sums with each of its seeds, each of shape (seeds,
+            images); empty where there is one seed.
         bound: Largest absolute difference of one document: 1 for accuracies, 2 for a difference of two differences.
         family: What it is adjusted with.
     """
 
     sums: Floats
     sizes: Floats
-    by_seed: Floats | None
+    by_seed: tuple[Floats, ...]
     bound: float
     family: Family
 

@@ -243,18 +243,28 @@ def differences(asked: str, right: Mapping[str, Floats]) -> Floats:
 
 def differences_by_seed(
     asked: str, question: MethodByShift, first: Groups, second: Groups, answers: Mapping[CellAxes, StageAnswers]
-) -> Floats | None:
-    """Return `differences` with each calibration seed alone, shape (seeds, images); None where there is one seed."""
-    seeds = max(len(group) for group in (*first, *second))
-    if seeds == 1:
-        return None
-    arms = [(_of_seed(first, k), _of_seed(second, k)) for k in range(seeds)]
-    return np.stack([differences(asked, right_answers(question, *both, answers)) for both in arms])
+) -> tuple[Floats, ...]:
+    """Return what every source of calibration data adds to `differences` with each of its seeds.
+
+    Seeds of a source are the same for all methods that calibrate with it, and have nothing to do with those of another
+    one, as in the resamples of the whole analysis.
+
+    Returns:
+        One array of shape (seeds, images) for each source with several seeds.
+    """
+    parts: dict[tuple[str | None, tuple[int | None, ...]], list[Floats]] = {}
+    for sign, arm in ((1.0, first), (-1.0, second)):
+        for group in (group for group in arm if len(group) > 1):
+            kept = np.stack([_kept(asked, question, answers[axes]) for axes in group])
+            source = group[0].calibration, tuple(axes.seed for axes in group)
+            parts.setdefault(source, []).append(sign / len(arm) * kept)
+    return tuple(np.sum(several, axis=0) for several in parts.values())
 
 
-def _of_seed(arm: Groups, k: int) -> Groups:
-    """Return an arm with one seed of every configuration."""
-    return tuple((group[k % len(group)],) for group in arm)
+def _kept(asked: str, question: MethodByShift, answers: StageAnswers) -> Floats:
+    """Return what a cell adds to `differences`: right answers under shift, for an interaction less those on clean."""
+    shifted: Floats = np.mean([answers.right[task] for task in question.shifted], axis=0)
+    return shifted - answers.right[question.clean] if asked == INTERACTION else shifted
 
 
 def answers_of(cell: FinishedCell, tasks: Sequence[str]) -> StageAnswers:

@@ -118,8 +118,9 @@ def _measured(
     sums = differences(asked, right_answers(question, first, second, answers))
     between, basis = SEED_DEVIATION**2 if cells.seeds > 1 else 0.0, "seeds as stated"
     by_seed = differences_by_seed(asked, question, first, second, answers)
-    if by_seed is not None:
-        between, basis = seed_variance(by_seed, sizes), counted(len(by_seed), "seed")
+    if by_seed:
+        between = sum(seed_variance(drawn, sizes) for drawn in by_seed)
+        basis = counted(max(map(len, by_seed)), "seed")
     variance = measured_variance(sums, sizes)
     if not variance > 0.0:
         # Arms that never differed on so few images say nothing of how much they do.
