@@ -67,6 +67,19 @@ def boundaries(shares: tuple[float, ...], error: float) -> tuple[float, ...]:
     return tuple(found)
 
 
+def error_for_equality(error: float, images: int) -> float:
+    """Return the standard error that a test of equality counts with.
+
+    Where by chance too few answers flipped, a difference and its error are both too small, and equality would be
+    claimed too often. So its variance has one more image that differs in all of its documents.
+
+    Args:
+        error: Standard error of the difference.
+        images: Number of images it rests on.
+    """
+    return math.hypot(error, 1.0 / images)
+
+
 class _Paths(NamedTuple):
     """Those paths of a Brownian motion that have exceeded no boundary so far.
 
@@ -121,7 +134,7 @@ class DifferenceEstimate(NamedTuple):
 
     @classmethod
     def of(cls, sums: npt.ArrayLike, sizes: npt.ArrayLike, by_seed: Sequence[Floats] = ()) -> DifferenceEstimate:
-        """DifferenceEstimate a difference, its error over images, and over calibration seeds.
+        """Return a difference of two arms and its error, over images and over calibration seeds.
 
         A tie on every image so far does not mean that there is no difference. So the variance is that of the data and
         one more document that flipped, as Agresti and Min (Statistics in Medicine 2005) add to matched pairs.
@@ -176,7 +189,9 @@ class DifferenceEstimate(NamedTuple):
         A few images that differ are no normal distribution. If they differ as much as they do, a difference of `margin`
         takes a share of all images; p is at least the binomial probability that so few differ.
         """
-        p = max(self._p_at_least(margin), self._p_at_most(-margin), 0.5**self.images)
+        error = error_for_equality(self.error, self.images)
+        wider = self._replace(error=error, skewness=self.skewness * (self.error / error) ** 3)
+        p = max(wider._p_at_least(margin), wider._p_at_most(-margin), 0.5**self.images)
         if self.differing > MOST_FLIPPED:
             return p
         return max(p, float(binom.cdf(self.differing, self.images, min(1.0, margin / self.typical))))
