@@ -78,8 +78,7 @@ def test_equality_adds_an_image_that_differs_in_all_of_its_documents():
     error = math.sqrt(found.error**2 + 1.0 / 80**2)
     assert error_for_equality(found.error, 80) == pytest.approx(error)
     assert found.p_equivalence(0.15) == pytest.approx(student.sf(0.15 / error, 79))
-    low, high = found.interval(0.9)
-    assert found.p_equivalence(high) > 0.05
+    assert found.p_equivalence(found.interval(0.9).high) > 0.05
 
 
 def skewed(random, images):
