@@ -1,5 +1,7 @@
 """BLIP-2, which has no chat template, a Q-Former, and a language model that generates on its own."""
 
+from contextlib import contextmanager
+
 import pytest
 from helpers.families import WITHOUT_BOXES
 from helpers.prefix import IMAGES, QUESTIONS, answers, assert_equal, calls, instance, load, plainly
@@ -57,11 +59,22 @@ def test_answers_are_those_of_transformers_alone(vlm, checkpoint):
         assert Response.decode(ours).text == processor.tokenizer.decode(ids)
 
 
+@contextmanager
+def in_float64(vlm):
+    """Random weights magnify rounding, most of all those of T5, whose attention is not scaled."""
+    vlm.model.double()
+    try:
+        yield
+    finally:
+        vlm.model.float()
+
+
 def test_answers_depend_neither_on_their_batch_nor_on_sharing(vlm):
-    with plainly(vlm):
-        expected = answers(vlm, messages=ask)
-        assert_equal(answers(vlm, 4, messages=ask), expected)
-    assert_equal(answers(vlm, 2, messages=ask), expected)
+    with in_float64(vlm):
+        with plainly(vlm):
+            expected = answers(vlm, messages=ask)
+            assert_equal(answers(vlm, 4, messages=ask), expected)
+        assert_equal(answers(vlm, 2, messages=ask), expected)
 
 
 def test_the_image_is_shared_or_it_is_said_why_not(vlm, checkpoint):
