@@ -67,19 +67,6 @@ def boundaries(shares: tuple[float, ...], error: float) -> tuple[float, ...]:
     return tuple(found)
 
 
-def error_for_equality(error: float, images: int) -> float:
-    """Return the standard error that a test of equality counts with.
-
-    Where by chance too few answers flipped, a difference and its error are both too small, and equality would be
-    claimed too often. So its variance has one more image that differs in all of its documents.
-
-    Args:
-        error: Standard error of the difference.
-        images: Number of images it rests on.
-    """
-    return math.hypot(error, 1.0 / images)
-
-
 class _Paths(NamedTuple):
     """Those paths of a Brownian motion that have exceeded no boundary so far.
 
@@ -189,9 +176,7 @@ class DifferenceEstimate(NamedTuple):
         A few images that differ are no normal distribution. If they differ as much as they do, a difference of `margin`
         takes a share of all images; p is at least the binomial probability that so few differ.
         """
-        error = error_for_equality(self.error, self.images)
-        wider = self._replace(error=error, skewness=self.skewness * (self.error / error) ** 3)
-        p = max(wider._p_at_least(margin), wider._p_at_most(-margin), 0.5**self.images)
+        p = max(self._p_at_least(margin), self._p_at_most(-margin), 0.5**self.images)
         if self.differing > MOST_FLIPPED:
             return p
         return max(p, float(binom.cdf(self.differing, self.images, min(1.0, margin / self.typical))))

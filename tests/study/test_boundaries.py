@@ -127,6 +127,13 @@ def test_planned_stages_find_on_half_of_the_images_what_sequences_at_any_time_le
         assert wide.high - wide.low > 3 * (narrow.high - narrow.low)
 
 
+def test_equality_is_tested_at_four_fifths_of_the_error():
+    """At one look the level is that of an ordinary test; in stages all of them together have it."""
+    assert Planned(LEVEL, MARGIN, (200,)).nominal_equality(0) == pytest.approx(0.04)
+    in_stages = Planned(LEVEL, MARGIN, (50, 100, 200))
+    assert in_stages.nominal_equality(0) < in_stages.nominal_equality(1) < in_stages.nominal_equality(2) < 0.04
+
+
 def test_a_single_image_shows_nothing():
     known = ComparisonEvidence(np.ones(1), np.ones(1), (), 1.0, ("m", UNDER_SHIFT))
     judged = Planned(LEVEL, MARGIN, (1, 2, 4)).judge(0, {0: known}, {known.family: 1})

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from lmms_plugin.metrics.group_sequential import error_for_equality
 from lmms_plugin.metrics.power import (
     POWER,
     images_needed,
@@ -191,8 +190,7 @@ class Design:
         """Return the probability that a stage decides a comparison."""
         images = self.stages[stage]
         if difference is None:
-            level, error = 1.0 - rule.nominal(stage, 1.0 - rule.level), error_for_equality(error, images)
-            return power_of_equivalence(rule.margin, error, level=level, images=images)
+            return power_of_equivalence(rule.margin, error, level=1.0 - rule.nominal_equality(stage), images=images)
         level = 1.0 - 2.0 * rule.nominal(stage, (1.0 - self.assumed.level) / 2.0)
         return power_of_difference(difference, error, level=level, images=images)
 
