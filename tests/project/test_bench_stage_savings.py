@@ -3,7 +3,7 @@
 import numpy as np
 
 from bench.stage_savings import drawn, followed, rules
-from lmms_plugin.analysis.findings import EQUIVALENT, SHOWN
+from lmms_plugin.analysis.findings import EQUIVALENT, OPEN, SHOWN
 
 
 def test_draws_have_the_stated_difference():
@@ -22,13 +22,16 @@ def test_large_differences_end_early_under_every_rule_with_stages():
     assert took["any-time"][1] < 1500
 
 
-def test_equality_takes_fewer_images_than_all_in_planned_stages():
+def test_equality_takes_fewer_images_than_all_in_planned_stages_alone():
+    """Three of four samples; of one, whose difference is large by chance, the sequences tell nothing at all."""
     compared = rules(1500, 0.02, 4)
     samples = [drawn(np.random.default_rng(seed), 1500, 0.0) for seed in range(4)]
     took = {
         name: [followed(rule, stages, *sample, 4) for sample in samples] for name, (rule, stages) in compared.items()
     }
-    assert took["one look"] == [(EQUIVALENT, 1500)] * 4
-    assert [finding for finding, _ in took["planned"]] == [EQUIVALENT] * 4
-    assert sum(images for _, images in took["planned"]) <= 0.7 * 4 * 1500
-    assert all(early <= late for (_, early), (_, late) in zip(took["planned"], took["any-time"], strict=True))
+    whole = (EQUIVALENT, 1500)
+    assert took == {
+        "one look": [whole] * 4,
+        "planned": [(EQUIVALENT, 750), (EQUIVALENT, 750), whole, (EQUIVALENT, 750)],
+        "any-time": [whole, whole, (OPEN, 1500), whole],
+    }

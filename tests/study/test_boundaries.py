@@ -80,13 +80,16 @@ def test_planned_stages_claim_no_difference_that_is_none(stages, seeds, between)
 @pytest.mark.parametrize("stages", IN_STAGES, ids=str)
 @pytest.mark.parametrize("margin", [0.02, MARGIN])
 def test_planned_stages_claim_no_equality_at_the_margin(stages, margin):
-    """Of 1,000 comparisons that differ by the margin itself, 5 % may be called equal, and none the reverse."""
+    """Of 1,000 comparisons that differ by the margin itself, 5 % may be called equal, and none the reverse.
+
+    Tested at all of the error instead of `EQUALITY`, 6.2 % of them are, at 150 images and a margin of 5 points.
+    """
     random, wrong, reverse = np.random.default_rng(stages[-1]), 0, 0
     for _ in range(250):
         findings = in_stages(Planned(LEVEL, margin, stages), evidence(random, stages[-1], margin), stages)
         wrong += sum(finding == EQUIVALENT for finding in findings.values())
         reverse += sum(finding == REVERSE for finding in findings.values())
-    assert wrong <= 50 + 2 * 6.9
+    assert wrong <= 50 + 6.9
     assert reverse <= 10
 
 

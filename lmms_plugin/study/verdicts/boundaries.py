@@ -28,7 +28,8 @@ EQUALITY = 0.8
 """Share of the error that tests of equality are made at.
 
 Where by chance too few answers flip, a difference and its standard error are both too small. In simulations of answers
-that flip together, tests of equality claimed up to 1.2 times too often what they should, at up to 600 images.
+that flip together, at up to 600 images, arms that differ by the margin were called equal up to 1.2 times as often as
+the error allows.
 """
 Compared = TypeVar("Compared", bound=Hashable)
 """What names a comparison."""
